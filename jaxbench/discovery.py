@@ -1,0 +1,109 @@
+"""Finding candidates: in the families that ship with jaxbench, and in the user's own files.
+
+Importing a candidate file imports JAX and runs the user's code, so everything here is called in a worker.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from importlib import resources
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from jaxbench.candidate import Candidate
+from jaxbench.errors import CandidateError
+
+_FAMILIES = "jaxbench.models"
+
+
+def family_modules() -> list[str]:
+    """Returns the module names of the shipped families, without importing them."""
+    files = (item.name for item in resources.files(_FAMILIES).iterdir())
+    return sorted(f"{_FAMILIES}.{name[:-3]}" for name in files if name.endswith(".py") and name != "__init__.py")
+
+
+def describe_candidates(sources: list[str]) -> list[dict[str, Any]]:
+    """Describes the candidates of module names or file paths, JSON-ready, each with its source's digest.
+
+    Raises:
+      CandidateError: if a source cannot be loaded, or holds no candidates.
+    """
+    described = []
+    for source in sources:
+        module = _load(source)
+        digest = _digest(module)
+        for candidate in _candidates(module, source):
+            described.append({**candidate.describe(), "module": source, "source_sha256": digest})
+    return described
+
+
+def load_candidate(source: str, name: str) -> Candidate:
+    """Loads one candidate by the source and name that `describe_candidates` gave."""
+    for candidate in _candidates(_load(source), source):
+        if candidate.name == name:
+            return candidate
+    raise CandidateError(f"{source} holds no candidate {name!r} any more. Start again.")
+
+
+def _load(source: str) -> ModuleType:
+    try:
+        return importlib.import_module(source) if source.startswith(_FAMILIES) else _load_file(Path(source))
+    except CandidateError:
+        raise
+    except SyntaxError as error:
+        raise CandidateError(
+            f"{source} is not Python: {error.msg} at line {error.lineno}. Give a Python file with a tuple CANDIDATES."
+        ) from error
+    except (Exception, SystemExit) as error:
+        text = (str(error).splitlines() or [""])[0]
+        raise CandidateError(
+            f"{source} raised {type(error).__name__} on import: {text}. Make `python {source}` run without error."
+        ) from error
+
+
+def _load_file(path: Path) -> ModuleType:
+    """Imports a file under a name of its own, so that it clashes with nothing."""
+    name = f"jaxbench_candidates_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise CandidateError(f"{path} is not Python: its name must end in .py. Give a file with a tuple CANDIDATES.")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    sys.path.insert(0, str(path.parent))  # its neighbours, as when Python runs the file
+    spec.loader.exec_module(module)
+    return module
+
+
+def _candidates(module: ModuleType, source: str) -> tuple[Candidate, ...]:
+    found = getattr(module, "CANDIDATES", None)
+    if not isinstance(found, tuple | list) or not found:
+        raise CandidateError(f"{source} has no candidates. Give it a tuple CANDIDATES of jaxbench.Candidate.")
+    for item in found:
+        if not isinstance(item, Candidate):
+            raise CandidateError(
+                f"{source} has a {type(item).__name__} in CANDIDATES. Each entry is a jaxbench.Candidate."
+            )
+    names = [candidate.name for candidate in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise CandidateError(f"{source} names {', '.join(twice)} twice. Each candidate's name is its own.")
+    return tuple(found)
+
+
+def _digest(module: ModuleType) -> str:
+    """Returns the digest of the candidate file and of the neighbouring modules that it imported."""
+    path = Path(module.__file__ or "")
+    files = {path}
+    if not module.__name__.startswith(_FAMILIES):
+        loaded = (getattr(other, "__file__", None) for other in list(sys.modules.values()))
+        files |= {Path(file) for file in loaded if file and _is_neighbour(Path(file), path.parent)}
+    texts = [file.read_bytes() for file in sorted(files) if file.suffix == ".py"]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+
+
+def _is_neighbour(file: Path, folder: Path) -> bool:
+    return file.is_relative_to(folder) and not file.is_relative_to(sys.prefix) and "site-packages" not in file.parts

@@ -1,0 +1,204 @@
+"""Programs: the whole step of a candidate as a traced function with abstract, sharded arguments.
+
+Nothing is allocated: parameters, optimiser state and batch are shapes with shardings, so that a
+network of any size can be traced on any machine.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxbench.candidate import Candidate, Workload
+from jaxbench.errors import LayoutError
+from jaxbench.layout import Layout, check_batch
+from jaxbench.mathematics import Mathematics, count_mathematics
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Program:
+    """A step, its abstract arguments and what they say before any compiler has seen them.
+
+    Attributes:
+      lowered: The step as StableHLO, ready to compile.
+      sha256: Digest of the StableHLO text, the program's identity.
+      init: Makes concrete state and batch of the same structure from a seed; jit it where it shall live.
+      mathematics: FLOPs and bytes of the whole step over all devices, from the traced function.
+      num_params: Parameters of the network.
+      trace_s, lower_s: Wall seconds spent.
+    """
+
+    lowered: jax.stages.Lowered
+    sha256: str
+    init: Callable[[jax.Array], tuple[Any, Any]]
+    mathematics: Mathematics
+    num_params: int
+    trace_s: float
+    lower_s: float
+
+
+def build_program(candidate: Candidate, layout: Layout, mesh: Any, platform: str) -> Program:
+    """Traces and lowers the candidate's step for a mesh.
+
+    Args:
+      candidate: Network and workload.
+      layout: Resolved layout, whose axes are the mesh's.
+      mesh: `Mesh` of real or compile-only devices, or an `AbstractMesh`.
+      platform: `cpu`, `tpu` or `cuda`.
+
+    Raises:
+      LayoutError: if the batch or a parameter does not divide over the mesh.
+    """
+    check_batch(layout, candidate.workload.global_batch)
+    start = time.perf_counter()
+    graphdef, make_state, loss = _split_network(candidate)
+    step, make = _make_step(candidate.workload, graphdef, make_state, loss)
+    rules = layout.rules()
+    with nnx.logical_axis_rules(rules):
+        state, batch = jax.eval_shape(make, jax.ShapeDtypeStruct((), jax.random.key(0).dtype))
+        arguments = (_shard_state(state, rules, mesh), _shard_batch(batch, rules, mesh))
+        traced = _trace(step, arguments, mesh)
+        # A new function object: JAX keeps traces by function, and the second one must be another.
+        again = functools.partial(step)
+        mathematics = count_mathematics(lambda: _trace(again, arguments, mesh), traced.jaxpr)
+    traced_at = time.perf_counter()
+    lowered = traced.lower(lowering_platforms=(platform,))
+    text = lowered.as_text()
+    return Program(
+        lowered=lowered,
+        sha256=hashlib.sha256(text.encode()).hexdigest(),
+        init=make,
+        mathematics=mathematics,
+        num_params=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state["params"])),
+        trace_s=traced_at - start,
+        lower_s=time.perf_counter() - traced_at,
+    )
+
+
+def _trace(step: Callable, arguments: tuple[Any, Any], mesh: Any) -> Any:
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
+    out = (shardings, None) if "optimizer" in arguments[0] else None
+    # The batch is read again in the next step of a chain, so only the state is donated.
+    donate = (0,) if out else ()
+    with _use_mesh(mesh):
+        return jax.jit(step, donate_argnums=donate, out_shardings=out).trace(*arguments)
+
+
+def _use_mesh(mesh: Any) -> Any:
+    return jax.sharding.use_abstract_mesh(mesh) if isinstance(mesh, jax.sharding.AbstractMesh) else mesh
+
+
+def _split_network(candidate: Candidate) -> tuple[Any, Callable[[Any], tuple[Any, Any]], Callable]:
+    """Returns the graph, a maker of (parameters, other state) from a key, and the loss."""
+
+    def make_state(key: Any) -> tuple[Any, Any]:
+        module = candidate.build(candidate.config, nnx.Rngs(params=key))
+        return nnx.split(module, nnx.Param, ...)[1:]
+
+    with nnx.use_eager_sharding(False):
+        module = nnx.eval_shape(lambda: candidate.build(candidate.config, nnx.Rngs(params=0)))
+    graphdef = nnx.split(module, nnx.Param, ...)[0]
+    return graphdef, make_state, candidate.loss
+
+
+def _make_step(
+    workload: Workload, graphdef: Any, make_state: Callable, loss: Callable
+) -> tuple[Callable, Callable]:
+    """Returns `step(state, batch)` and `make(key) -> (state, batch)`."""
+    optimizer = getattr(optax, workload.optimizer)(workload.learning_rate)
+
+    def loss_of(params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
+        module = nnx.merge(graphdef, params, rest)
+        value = loss(module, batch)
+        return value.astype(jnp.float32), nnx.split(module, nnx.Param, ...)[2]
+
+    def train(state: Any, batch: Any) -> tuple[Any, Any]:
+        (value, rest), gradient = jax.value_and_grad(loss_of, has_aux=True)(
+            state["params"], state["rest"], batch
+        )
+        with jax.named_scope("optimizer"):
+            updates, moments = optimizer.update(gradient, state["optimizer"], state["params"])
+            params = optax.apply_updates(state["params"], updates)
+        return {"params": params, "rest": rest, "optimizer": moments}, value
+
+    def forward(state: Any, batch: Any) -> Any:
+        return loss_of(state["params"], state["rest"], batch)[0]
+
+    def make(key: Any) -> tuple[Any, Any]:
+        network_key, batch_key = jax.random.split(key)
+        with nnx.use_eager_sharding(False):
+            params, rest = make_state(network_key)
+        state = {"params": params, "rest": rest}
+        if workload.kind == "train":
+            state["optimizer"] = optimizer.init(params)
+        return state, make_batch(workload, batch_key)
+
+    return (train if workload.kind == "train" else forward), make
+
+
+def make_batch(workload: Workload, key: Any) -> dict[str, Any]:
+    """Draws one batch: standard normal where floating, uniform over [0, high) where integer."""
+    batch = {}
+    for name, given in workload.inputs:
+        key, sub = jax.random.split(key)
+        shape, dtype = (workload.global_batch, *given.shape), np.dtype(given.dtype)
+        if np.issubdtype(dtype, np.integer):
+            batch[name] = jax.random.randint(sub, shape, 0, given.high).astype(dtype)
+        else:
+            batch[name] = jax.random.normal(sub, shape).astype(dtype)
+    return batch
+
+
+def _shard_state(state: Any, rules: Any, mesh: Any) -> Any:
+    """Puts shardings on parameters by their logical axes; moments follow their parameter."""
+    axes_of_rule = dict(rules)
+
+    def sharding(path: Any, leaf: Any) -> Any:
+        names = _logical_axes(leaf)
+        value = leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
+        spec = [axes_of_rule.get(name) if name else None for name in names or ()]
+        _check_divides(jax.tree_util.keystr(path), value.shape, names, spec, mesh)
+        shaped = jax.ShapeDtypeStruct(
+            value.shape, value.dtype, sharding=NamedSharding(mesh, PartitionSpec(*spec))
+        )
+        return leaf.replace(shaped) if isinstance(leaf, nnx.Variable) else shaped
+
+    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+    return jax.tree_util.tree_map_with_path(sharding, state, is_leaf=is_variable)
+
+
+def _logical_axes(leaf: Any) -> tuple[str | None, ...] | None:
+    if not isinstance(leaf, nnx.Variable):
+        return None
+    metadata = leaf.get_metadata()
+    return metadata.get("out_sharding", metadata.get("sharding_names"))
+
+
+def _check_divides(name: str, shape: Any, names: Any, spec: Any, mesh: Any) -> None:
+    for dim, (logical, axes) in enumerate(zip(names or (), spec, strict=True)):
+        ways = math.prod(mesh.shape[axis] for axis in axes or ())
+        if shape[dim] % ways:
+            raise LayoutError(
+                f"Parameter {name} has {shape[dim]} along its axis {logical!r}, which {'x'.join(axes)}={ways} "
+                f"does not divide. Use fewer devices on that mesh axis, or layout data."
+            )
+
+
+def _shard_batch(batch: Any, rules: Any, mesh: Any) -> Any:
+    axes = dict(rules)["batch"]
+    sharding = NamedSharding(mesh, PartitionSpec(axes))
+    return {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in batch.items()
+    }

@@ -1,0 +1,140 @@
+"""Records: one JSON line for each candidate on each target, appended and flushed as soon as it is made."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from jaxbench.cache import key_of, storage_errors
+from jaxbench.errors import UsageError
+
+SCHEMA = 1
+FILE_NAME = "records.jsonl"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Record:
+    """Everything that was found out about one candidate on one target. JSON-ready throughout.
+
+    The nested values are those of the stages: `compiled` (compile_s, memory), `cost`, `prediction`,
+    `compiler` (the vendor's own estimate), `measurement`, `failure`; None where a stage gave none.
+    Costs are per device and per step; `samples_per_s` is for the whole mesh.
+    """
+
+    id: str
+    candidate: str
+    family: str
+    size: str
+    base: str
+    replaces: str
+    validity: str
+    source: str
+    source_sha256: str
+    config: Mapping[str, Any]
+    workload: Mapping[str, Any]
+    layout: str
+    target: str
+    num_devices: int
+    versions: Mapping[str, str]
+    schema: int = SCHEMA
+    num_params: int | None = None
+    program_sha256: str | None = None
+    hlo_sha256: str | None = None
+    compiled: Mapping[str, Any] | None = None
+    cost: Mapping[str, Any] | None = None
+    prediction: Mapping[str, Any] | None = None
+    compiler: Mapping[str, Any] | None = None
+    measurement: Mapping[str, Any] | None = None
+    samples_per_s: float | None = None
+    samples_per_s_from: str | None = None
+    failure: Mapping[str, Any] | None = None
+    timings: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the record as one JSON-ready dict, every key present."""
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+def record_id(
+    described: Mapping[str, Any], layout: str, target: str, versions: Mapping[str, str], measured: bool
+) -> str:
+    """Returns the identity of a record: the same request gives the same id, in any run.
+
+    A measured and an unmeasured record are two.
+    """
+    asked = [described[key] for key in ("name", "config", "workload", "source_sha256")]
+    return key_of(SCHEMA, asked, layout, target, dict(versions), measured)[:16]
+
+
+def append_record(folder: Path, record: Record) -> bool:
+    """Appends a record unless one with its id is there; returns whether it was appended.
+
+    Several processes may append at once. A line is written whole or, if the disk is full, not at all.
+
+    Raises:
+      StorageError: if the line cannot be written.
+    """
+    line = (json.dumps(record.to_json(), allow_nan=False) + "\n").encode()
+    path = folder / FILE_NAME
+    with storage_errors(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if any(known.id == record.id for known in read_records(folder)):
+                return False
+            _write_whole(descriptor, line)
+        finally:
+            os.close(descriptor)
+    return True
+
+
+def _write_whole(descriptor: int, line: bytes) -> None:
+    size = os.fstat(descriptor).st_size
+    if size and os.pread(descriptor, 1, size - 1) != b"\n":
+        line = b"\n" + line  # a writer was killed in the middle of its line
+    try:
+        written = 0
+        while written < len(line):
+            written += os.write(descriptor, line[written:])
+        os.fsync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, size)
+        raise
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Reads a folder's records; a half-written line is passed over, of two with one id the first counts.
+
+    Raises:
+      UsageError: if the records are of another schema.
+    """
+    path = folder / FILE_NAME
+    if not path.exists():
+        return []
+    found: dict[str, Record] = {}
+    with path.open("rb") as file:
+        for line in file:
+            values = _parse(line)
+            if values is None:
+                continue
+            if values.get("schema") != SCHEMA:
+                raise UsageError(
+                    f"{path} has records of schema {values.get('schema')}, this jaxbench reads {SCHEMA}. "
+                    "Use another folder, or the jaxbench that wrote it."
+                )
+            found.setdefault(values["id"], Record(**values))
+    return list(found.values())
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and "id" in values else None

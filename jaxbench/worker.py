@@ -1,0 +1,226 @@
+"""Jobs in processes of their own, each with a time and a memory limit, and none outliving its parent.
+
+Workers fork from the standard library's fork server, which has imported JAX and Flax once but started no
+backend; so a worker starts in milliseconds and loads just the one compiler that it needs. Compilers
+write to stderr from C; a worker's stdout and stderr go to a log file, never to the user's screen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from jaxbench.cache import cache_dir, storage_errors
+from jaxbench.compiler import ENVIRONMENT
+from jaxbench.errors import Failure, JaxbenchError
+
+_POLL_S = 0.1
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """One call to be made in a worker.
+
+    Attributes:
+      name: What a person reads while it runs.
+      function: `package.module:function`; it takes `arguments` and returns plain data.
+      limit_s: Wall seconds until it is killed.
+      limit_bytes: Resident memory, of it and its children, at which it is killed.
+      alone: Runs while no other job does, as measurements must.
+    """
+
+    name: str
+    function: str
+    arguments: dict[str, Any] = field(default_factory=dict)
+    limit_s: float = 1800.0
+    limit_bytes: int = 12 * 2**30
+    alone: bool = False
+
+
+@dataclass(slots=True)
+class _Running:
+    job: Job
+    process: Any
+    receiver: Connection
+    started: float
+    log: Path
+
+
+def run_jobs(jobs: Sequence[Job], *, num_workers: int) -> Iterator[tuple[Job, Any]]:
+    """Runs jobs, `num_workers` at a time, and yields each with its result as it ends.
+
+    A result is what the function returned, or a `Failure`: of the function's own `JaxbenchError`, of any
+    other exception, of a signal, or of a limit. Jobs marked `alone` run last, one after the other.
+    When the iteration is left early, whatever runs is killed.
+    """
+    queue = [job for job in jobs if not job.alone]
+    last = [job for job in jobs if job.alone]
+    running: list[_Running] = []
+    with contextlib.ExitStack() as stack:
+        stack.callback(lambda: [_kill(entry) for entry in running])
+        while queue or last or running:
+            while queue and len(running) < num_workers:
+                running.append(_start(queue.pop(0)))
+            if not running and last:
+                running.append(_start(last.pop(0)))
+            wait([entry.receiver for entry in running], timeout=_POLL_S)
+            for entry in list(running):
+                done, result = _poll(entry)
+                if done:
+                    running.remove(entry)
+                    yield entry.job, result
+
+
+def call_in_worker(function: str, **arguments: Any) -> Any:
+    """Makes one call in a worker; raises JaxbenchError with the text of a failure."""
+    job = Job(name=function, function=function, arguments=arguments)
+    ((_, result),) = run_jobs([job], num_workers=1)
+    if isinstance(result, Failure):
+        raise JaxbenchError(result.text)
+    return result
+
+
+def _context() -> Any:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["jaxbench.preload"])
+    return context
+
+
+def _start(job: Job) -> _Running:
+    os.environ.update(ENVIRONMENT)
+    context = _context()
+    receiver, sender = context.Pipe(duplex=False)
+    log = cache_dir() / "logs" / f"{os.getpid()}-{time.time_ns()}.log"
+    with storage_errors(log):
+        log.parent.mkdir(parents=True, exist_ok=True)
+    process = context.Process(target=_work, args=(job, sender, str(log), os.getpid()), daemon=True)
+    with _no_main_module(), _interrupts_later():
+        process.start()
+    sender.close()
+    return _Running(job=job, process=process, receiver=receiver, started=time.monotonic(), log=log)
+
+
+@contextlib.contextmanager
+def _no_main_module() -> Iterator[None]:
+    """Keeps `multiprocessing` from running the user's script again in each worker."""
+    main = sys.modules["__main__"]
+    saved = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__dict__.update(saved)
+
+
+@contextlib.contextmanager
+def _interrupts_later() -> Iterator[None]:
+    """Holds Ctrl-C back while a worker is half started: the fork server must not inherit it either."""
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+
+
+def _work(job: Job, sender: Connection, log: str, parent: int) -> None:
+    """The worker's whole life."""
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if not psutil.pid_exists(parent):
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    module, _, name = job.function.partition(":")
+    try:
+        sender.send(getattr(importlib.import_module(module), name)(**job.arguments))
+    except BaseException as error:  # noqa: BLE001 - whatever ends a job becomes its record
+        import traceback
+
+        traceback.print_exc()
+        sender.send(failure_of(error, stage="worker"))
+    sender.close()
+    # Compiler libraries crash in their destructors now and then; the result is already sent.
+    os._exit(0)
+
+
+def failure_of(error: BaseException, *, stage: str) -> Failure:
+    """Returns the failure that an exception stands for: its type and the first line of its text."""
+    text = str(error).strip().splitlines()
+    return Failure(stage=stage, error=type(error).__name__, text=text[0][:500] if text else type(error).__name__)
+
+
+def _poll(entry: _Running) -> tuple[bool, Any]:
+    """Returns (whether the job has ended, its result)."""
+    limit = entry.job.limit_s
+    if entry.receiver.poll():
+        try:
+            result = entry.receiver.recv()
+        except EOFError:
+            return True, _ended(entry)
+        entry.process.join(timeout=5)
+        _kill(entry)
+        entry.log.unlink(missing_ok=True)
+        return True, result
+    if not entry.process.is_alive():
+        return (True, _ended(entry)) if not entry.receiver.poll() else (False, None)
+    if time.monotonic() - entry.started > limit:
+        _kill(entry)
+        return True, _failure("Timeout", f"stopped after {limit:.0f} s, the time limit; raise --limit-s", entry)
+    if _resident_bytes(entry.process.pid) > entry.job.limit_bytes:
+        _kill(entry)
+        gib = entry.job.limit_bytes / 2**30
+        return True, _failure("MemoryLimit", f"stopped at {gib:.1f} GiB, the memory limit; raise --limit-gib", entry)
+    return False, None
+
+
+def _ended(entry: _Running) -> Failure:
+    """Says how a worker ended that sent no result."""
+    entry.process.join(timeout=5)
+    code = entry.process.exitcode
+    _kill(entry)
+    if code is not None and code < 0:
+        name = signal.Signals(-code).name
+        hint = " (the system ran out of memory, or somebody killed it)" if name == "SIGKILL" else ""
+        return _failure("Crash", f"worker ended with {name}{hint}", entry)
+    return _failure("Crash", f"worker ended with exit code {code} and no result", entry)
+
+
+def _failure(error: str, text: str, entry: _Running) -> Failure:
+    return Failure(stage="worker", error=error, text=f"{text}; log: {entry.log}")
+
+
+def _resident_bytes(pid: int) -> int:
+    total = 0
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for member in (process, *process.children(recursive=True)):
+            with contextlib.suppress(psutil.Error):
+                total += member.memory_info().rss
+    return total
+
+
+def _kill(entry: _Running) -> None:
+    """Ends the worker and what it started (the CUDA compiler runs helpers of its own)."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(entry.process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(entry.process.pid, signal.SIGKILL)
+    entry.process.join(timeout=5)
+    entry.receiver.close()

@@ -1,0 +1,408 @@
+"""Camera to bird's-eye-view segmentation after Lift-Splat-Shoot, with three ways to lift.
+
+Each pixel of each camera's feature map predicts a distribution over depth bins and a context vector.
+Their outer product is a point in space for every bin; points are summed into the ground cells that
+they fall into; a convolutional encoder reads the map. "LSS-like", not LSS:
+- The backbone is a plain residual one with stride 16; the published one is EfficientNet-B0.
+- The rig is fixed: level cameras at the map's centre with evenly spaced yaws. Then a point's cell
+  does not depend on its image row, and image rows can be contracted before the lift. LSS reads
+  calibrations with every sample, so it cannot precompute cells; nor is its height limit kept here.
+- Upsampling repeats cells; the published encoder interpolates.
+
+The lifts are one function of the same parameters; only the order of accumulation differs. Images,
+number of cameras and map resolution belong to the workload and are read from shapes.
+
+Letters: `B` batch, `N` cameras, `H` `W` rows and columns of an image or feature map, `C` channels,
+`D` depth bins, `P` points (cameras x columns x bins), `G` cells of the map, `X` `Y` its edges
+(forward, left), `F` channels out.
+
+Source: Philion and Fidler, "Lift, Splat, Shoot", ECCV 2020 (128x352 images, 41 bins from 4 m,
+200x200 cells of 0.5 m, 64 context channels).
+"""
+# jaxtyping's dims are strings that are no expressions.
+# ruff: noqa: F722
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.linen import with_logical_constraint
+from jaxtyping import Array, Float, Int
+
+from jaxbench.candidate import Candidate, Input, Workload
+
+DTYPE = jnp.bfloat16
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BevConfig:
+    """Shape of the network and geometry of the rig.
+
+    Attributes:
+      lift: How points are summed into cells: scattered one by one; columns gathered by a table of
+        each cell's points; columns multiplied by a one-hot matrix.
+      stem: Channels after a camera's first convolution, at stride 2.
+      camera_channels: Channels of the camera stages, each with stride 2.
+      camera_depths: Residual blocks of the camera stages.
+      context: Channels of a lifted point.
+      num_bins: Depth bins.
+      nearest_m: Depth of the first bin, along the optical axis.
+      bin_m: Depth from one bin to the next.
+      fov_degrees: Horizontal field of view of a camera; below 180.
+      extent_m: Metres from the map's centre to each edge.
+      bev_channels: Channels of the map's stages; all but the first have stride 2.
+      bev_depths: Residual blocks of the map's stages.
+    """
+
+    lift: Literal["segment_sum", "gather", "product"] = "segment_sum"
+    stem: int
+    camera_channels: tuple[int, ...]
+    camera_depths: tuple[int, ...]
+    context: int
+    num_bins: int
+    nearest_m: int
+    bin_m: int
+    fov_degrees: int = 70
+    extent_m: int
+    bev_channels: tuple[int, ...]
+    bev_depths: tuple[int, ...]
+
+
+def rig_cells(
+    config: BevConfig, *, num_cameras: int, num_columns: int, edge: int
+) -> Int[np.ndarray, "N W D"]:
+    """Computes which cell a camera's column and depth bin fall into; `edge * edge` if into none."""
+    yaw = np.arange(num_cameras)[:, None, None] * (2 * math.pi / num_cameras)
+    # Pixel centres, from the left; an image column to the left has a positive lateral offset.
+    slope = (1 - (2 * np.arange(num_columns) + 1) / num_columns)[:, None]
+    slope = slope * math.tan(math.radians(config.fov_degrees) / 2)
+    depth = config.nearest_m + config.bin_m * np.arange(config.num_bins)
+    forward = depth * np.cos(yaw) - depth * slope * np.sin(yaw)
+    left = depth * np.sin(yaw) + depth * slope * np.cos(yaw)
+    cells_per_m = edge / (2 * config.extent_m)
+    x = np.floor((forward + config.extent_m) * cells_per_m).astype(np.int32)
+    y = np.floor((left + config.extent_m) * cells_per_m).astype(np.int32)
+    inside = (x >= 0) & (x < edge) & (y >= 0) & (y < edge)
+    return np.where(inside, x * edge + y, edge * edge).astype(np.int32)
+
+
+@jax.named_scope("lift")
+def lift_by_segment_sum(
+    depth: Float[Array, "B N H W D"],
+    context: Float[Array, "B N H W C"],
+    cells: Int[np.ndarray, "N W D"],
+    num_cells: int,
+) -> Float[Array, "B G C"]:
+    """Adds the outer product of every pixel to its cells one by one, in float32, as LSS does.
+
+    out[b, g, c] = sum of depth[b, n, h, w, d] * context[b, n, h, w, c] over n, h, w, d whose
+    cells[n, w, d] = g; cell `num_cells` takes what falls outside and is dropped.
+    """
+    wide_depth, wide_context = depth.astype(jnp.float32), context.astype(jnp.float32)
+    points = wide_depth[..., :, None] * wide_context[..., None, :]
+    ids = jnp.broadcast_to(jnp.asarray(cells)[:, None], depth.shape[1:]).reshape(-1)
+    points = points.reshape(depth.shape[0], -1, context.shape[-1])
+    out = jax.vmap(lambda p: jax.ops.segment_sum(p, ids, num_segments=num_cells + 1))(points)
+    return out[:, :num_cells].astype(context.dtype)
+
+
+@jax.named_scope("lift")
+def lift_by_gather(
+    depth: Float[Array, "B N H W D"],
+    context: Float[Array, "B N H W C"],
+    cells: Int[np.ndarray, "N W D"],
+    num_cells: int,
+) -> Float[Array, "B G C"]:
+    """Computes `lift_by_segment_sum`: contracts rows, then each cell gathers its own points."""
+    table = _points_of_cells(cells.reshape(-1), num_cells)
+    features = _contract_rows(depth, context)
+    # Padding points one past the end, which "fill" reads as a row of zeros.
+    found = jnp.take(features, table, axis=1, mode="fill", fill_value=0)
+    return jnp.sum(found, axis=2, dtype=jnp.float32).astype(context.dtype)
+
+
+@jax.named_scope("lift")
+def lift_by_product(
+    depth: Float[Array, "B N H W D"],
+    context: Float[Array, "B N H W C"],
+    cells: Int[np.ndarray, "N W D"],
+    num_cells: int,
+) -> Float[Array, "B G C"]:
+    """Computes `lift_by_segment_sum`: contracts rows, then multiplies by a one-hot matrix.
+
+    The product is rounded once, to the dtype that the map's encoder reads; asking for a float32
+    result would not add precision but would make the product of the backward pass float32.
+    """
+    features = _contract_rows(depth, context)
+    # Built in the program from the indices; index `num_cells` is out of range, a row of zeros.
+    one_hot = jax.nn.one_hot(cells.reshape(-1), num_cells, dtype=features.dtype)
+    return jnp.einsum("bpc,pg->bgc", features, one_hot)
+
+
+LIFTS = {
+    "segment_sum": lift_by_segment_sum,
+    "gather": lift_by_gather,
+    "product": lift_by_product,
+}
+
+
+def _contract_rows(
+    depth: Float[Array, "B N H W D"], context: Float[Array, "B N H W C"]
+) -> Float[Array, "B P C"]:
+    """Sums the outer products over image rows, which share a cell; H times fewer points remain."""
+    columns = jnp.einsum("bnhwd,bnhwc->bnwdc", depth, context)
+    return columns.reshape(depth.shape[0], -1, context.shape[-1])
+
+
+def _points_of_cells(cells: Int[np.ndarray, "P"], num_cells: int) -> Int[np.ndarray, "G K"]:
+    """Lists each cell's points, padded with the number of points to the longest list."""
+    order = np.argsort(cells, kind="stable").astype(np.int32)
+    order = order[: np.count_nonzero(cells < num_cells)]
+    counts = np.bincount(cells[order], minlength=num_cells)
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    table = np.full((num_cells, max(1, counts.max())), len(cells), np.int32)
+    table[cells[order], rank] = order
+    return table
+
+
+class ConvNorm(nnx.Module):
+    """Convolution without bias and batch norm."""
+
+    def __init__(
+        self, num_in: int, num_out: int, *, kernel: int = 3, stride: int = 1, rngs: nnx.Rngs
+    ) -> None:
+        axes = (None, None, "conv_in", "conv_out")
+        self.conv = nnx.Conv(
+            num_in,
+            num_out,
+            (kernel, kernel),
+            strides=(stride, stride),
+            use_bias=False,
+            dtype=DTYPE,
+            kernel_init=nnx.with_partitioning(nnx.initializers.he_normal(), axes),
+            rngs=rngs,
+        )
+        self.norm = nnx.BatchNorm(
+            num_out,
+            momentum=0.9,
+            dtype=DTYPE,
+            scale_init=nnx.with_partitioning(nnx.initializers.ones_init(), ("conv_out",)),
+            bias_init=nnx.with_partitioning(nnx.initializers.zeros_init(), ("conv_out",)),
+            rngs=rngs,
+        )
+
+    @jax.named_scope("conv_norm")
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 F"]:
+        return self.norm(self.conv(x), use_running_average=False)
+
+
+class ResidualBlock(nnx.Module):
+    """Two 3x3 convolutions; the shortcut is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, num_in: int, num_out: int, *, stride: int, rngs: nnx.Rngs) -> None:
+        self.first = ConvNorm(num_in, num_out, stride=stride, rngs=rngs)
+        self.second = ConvNorm(num_out, num_out, rngs=rngs)
+        changes = stride != 1 or num_in != num_out
+        shortcut = (
+            ConvNorm(num_in, num_out, kernel=1, stride=stride, rngs=rngs) if changes else None
+        )
+        self.shortcut = shortcut
+
+    @jax.named_scope("residual")
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 F"]:
+        y = self.second(nnx.relu(self.first(x)))
+        return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
+
+
+class Stage(nnx.Module):
+    """Residual blocks of one width; the first one may stride."""
+
+    def __init__(
+        self, num_in: int, num_out: int, *, depth: int, stride: int, rngs: nnx.Rngs
+    ) -> None:
+        first = ResidualBlock(num_in, num_out, stride=stride, rngs=rngs)
+        rest = [ResidualBlock(num_out, num_out, stride=1, rngs=rngs) for _ in range(depth - 1)]
+        self.blocks = nnx.List([first, *rest])
+
+    @jax.named_scope("stage")
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 F"]:
+        for block in self.blocks:
+            x = block(x)
+        return with_logical_constraint(x, ("batch", None, None, None))
+
+
+class CameraEncoder(nnx.Module):
+    """Images to a distribution over depth bins and a context vector at every pixel."""
+
+    def __init__(self, config: BevConfig, *, rngs: nnx.Rngs) -> None:
+        self.num_bins = config.num_bins
+        self.stem = ConvNorm(3, config.stem, stride=2, rngs=rngs)
+        widths = zip((config.stem, *config.camera_channels), config.camera_channels, strict=False)
+        self.stages = nnx.List(
+            [
+                Stage(num_in, num_out, depth=depth, stride=2, rngs=rngs)
+                for (num_in, num_out), depth in zip(widths, config.camera_depths, strict=True)
+            ]
+        )
+        num_out = config.num_bins + config.context
+        self.head = _pointwise(config.camera_channels[-1], num_out, rngs=rngs)
+
+    @jax.named_scope("camera")
+    def __call__(
+        self, images: Float[Array, "B N H W 3"]
+    ) -> tuple[Float[Array, "B N H2 W2 D"], Float[Array, "B N H2 W2 C"]]:
+        x = nnx.relu(self.stem(images.reshape(-1, *images.shape[2:])))
+        for stage in self.stages:
+            x = stage(x)
+        x = self.head(x)
+        x = x.reshape(*images.shape[:2], *x.shape[1:])
+        depth = jax.nn.softmax(x[..., : self.num_bins].astype(jnp.float32))
+        return depth.astype(DTYPE), x[..., self.num_bins :]
+
+
+class BevEncoder(nnx.Module):
+    """ResNet-18 without its last stage, one skip connection back up, and a logit for each cell."""
+
+    def __init__(self, config: BevConfig, *, rngs: nnx.Rngs) -> None:
+        channels, top = config.bev_channels, config.bev_channels[-1]
+        self.stem = ConvNorm(config.context, channels[0], kernel=7, stride=2, rngs=rngs)
+        stages = []
+        for index, depth in enumerate(config.bev_depths):
+            num_in, stride = (channels[index - 1], 2) if index else (channels[0], 1)
+            stages.append(Stage(num_in, channels[index], depth=depth, stride=stride, rngs=rngs))
+        self.stages = nnx.List(stages)
+        self.merge = ConvNorm(channels[0] + top, top, rngs=rngs)
+        self.refine = ConvNorm(top, top // 2, rngs=rngs)
+        self.head = _pointwise(top // 2, 1, rngs=rngs)
+
+    @jax.named_scope("bev")
+    def __call__(self, x: Float[Array, "B X Y C"]) -> Float[Array, "B X Y"]:
+        x = nnx.relu(self.stem(x))
+        x = skip = self.stages[0](x)
+        for stage in self.stages[1:]:
+            x = stage(x)
+        x = jnp.concatenate([skip, _enlarge(x, skip.shape[1] // x.shape[1])], axis=-1)
+        x = _enlarge(nnx.relu(self.merge(x)), 2)
+        return self.head(nnx.relu(self.refine(x)))[..., 0]
+
+
+class BevNet(nnx.Module):
+    """Cameras, lift, map."""
+
+    def __init__(self, config: BevConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        self.camera = CameraEncoder(config, rngs=rngs)
+        self.bev = BevEncoder(config, rngs=rngs)
+
+    @jax.named_scope("bev_net")
+    def __call__(self, images: Float[Array, "B N H W 3"], edge: int) -> Float[Array, "B X Y"]:
+        images = with_logical_constraint(images, ("batch", None, None, None, None))
+        depth, context = self.camera(images)
+        cells = rig_cells(
+            self.config, num_cameras=depth.shape[1], num_columns=depth.shape[3], edge=edge
+        )
+        lifted = LIFTS[self.config.lift](depth, context, cells, edge * edge)
+        grid = lifted.reshape(-1, edge, edge, lifted.shape[-1])
+        return self.bev(with_logical_constraint(grid, ("batch", None, None, None)))
+
+
+def _pointwise(num_in: int, num_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+    """Returns a 1x1 convolution with bias; few channels come out, so only its input is sharded."""
+    return nnx.Linear(
+        num_in,
+        num_out,
+        dtype=DTYPE,
+        kernel_init=nnx.with_partitioning(nnx.initializers.lecun_normal(), ("conv_in", None)),
+        rngs=rngs,
+    )
+
+
+def _enlarge(x: Float[Array, "B H W C"], factor: int) -> Float[Array, "B H2 W2 C"]:
+    """Repeats every pixel `factor` times along both edges."""
+    return jnp.repeat(jnp.repeat(x, factor, axis=1), factor, axis=2)
+
+
+def build(config: BevConfig, rngs: nnx.Rngs) -> BevNet:
+    """Builds the network; works abstractly under `nnx.eval_shape`."""
+    return BevNet(config, rngs=rngs)
+
+
+def loss(module: BevNet, batch: dict[str, Any]) -> Float[Array, ""]:
+    """Computes the mean binary cross entropy, in float32, of the map against 0/1 `labels`."""
+    labels = batch["labels"].astype(jnp.float32)
+    logits = module(batch["images"], labels.shape[-1]).astype(jnp.float32)
+    return jnp.mean(jax.nn.softplus(logits) - logits * labels)
+
+
+CPU = BevConfig(
+    stem=8,
+    camera_channels=(8, 16, 32),
+    camera_depths=(1, 1, 1),
+    context=16,
+    num_bins=8,
+    nearest_m=2,
+    bin_m=2,
+    extent_m=16,
+    bev_channels=(16, 32),
+    bev_depths=(1, 1),
+)
+PAPER = BevConfig(
+    stem=64,
+    camera_channels=(64, 128, 256),
+    camera_depths=(2, 2, 2),
+    context=64,
+    num_bins=41,
+    nearest_m=4,
+    bin_m=1,
+    extent_m=50,
+    bev_channels=(64, 128, 256),
+    bev_depths=(2, 2, 2),
+)
+
+
+def _workload(height: int, width: int, edge: int, global_batch: int) -> Workload:
+    """Returns a training step on six cameras and a square map."""
+    images = Input(shape=(6, height, width, 3))
+    labels = Input(shape=(edge, edge), dtype="int32")
+    return Workload(global_batch=global_batch, inputs=(("images", images), ("labels", labels)))
+
+
+def _rivals(size: str, config: BevConfig, workload: Workload, source: str) -> list[Candidate]:
+    """Returns one candidate for each lift."""
+    return [
+        Candidate(
+            name=f"bev-{size}-{change}",
+            family="bev",
+            size=size,
+            config=dataclasses.replace(config, lift=lift),
+            build=build,
+            loss=loss,
+            workload=workload,
+            base=f"bev-{size}-segsum",
+            replaces=replaces,
+            validity="T0" if replaces else "base",
+            source=source,
+        )
+        for change, lift, replaces in (
+            ("segsum", "segment_sum", ""),
+            ("gather", "gather", "segment sum with row contraction and a precomputed gather"),
+            ("product", "product", "segment sum with row contraction and a one-hot product"),
+        )
+    ]
+
+
+CPU_SOURCE = "Lift-Splat-Shoot's parts, made small to step on two cores"
+PAPER_SOURCE = (
+    "Philion and Fidler, Lift-Splat-Shoot, ECCV 2020: images, bins, map and context; the residual "
+    "backbone, the field of view and the batch are ours"
+)
+
+CANDIDATES: tuple[Candidate, ...] = (
+    *_rivals("cpu", CPU, _workload(32, 64, 32, 2), CPU_SOURCE),
+    *_rivals("paper", PAPER, _workload(128, 352, 200, 64), PAPER_SOURCE),
+)
