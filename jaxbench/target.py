@@ -36,6 +36,7 @@ class Chip:
     mxu: int = 1
     link_bytes_per_s: float | None = None
     num_links: int = 1
+    network_bytes_per_s: float | None = None
     description: str = ""
     compute_capability: tuple[int, int] = (0, 0)
     vector_flops: float | None = None

@@ -1,8 +1,8 @@
 """Camera to bird's-eye-view segmentation after Lift-Splat-Shoot, with three ways to lift.
 
-Each pixel of each camera's feature map predicts a distribution over depth bins and a context vector.
-Their outer product is a point in space for every bin; points are summed into the ground cells that
-they fall into; a convolutional encoder reads the map. "LSS-like", not LSS:
+Each pixel of a camera's feature map predicts a distribution over depth bins and a context vector;
+their outer product gives a point in space for every bin. Points are summed into the ground cells
+that they fall into, and a convolutional encoder reads the map. "LSS-like", not LSS:
 - The backbone is a plain residual one with stride 16; the published one is EfficientNet-B0.
 - The rig is fixed: level cameras at the map's centre with evenly spaced yaws. Then a point's cell
   does not depend on its image row, and image rows can be contracted before the lift. LSS reads
@@ -12,9 +12,10 @@ they fall into; a convolutional encoder reads the map. "LSS-like", not LSS:
 The lifts are one function of the same parameters; only the order of accumulation differs. Images,
 number of cameras and map resolution belong to the workload and are read from shapes.
 
-Letters: `B` batch, `N` cameras, `H` `W` rows and columns of an image or feature map, `C` channels,
-`D` depth bins, `P` points (cameras x columns x bins), `G` cells of the map, `X` `Y` its edges
-(forward, left), `F` channels out.
+Letters: `B` batch, `N` cameras, `I` `J` rows and columns of an image, `H` `W` of features, `C`
+channels in, `F` channels out, `D` depth bins, `P` points (cameras x columns x bins), `G` cells of
+the map, `K` points in the fullest cell, `X` `Y` the map's edges (forward, left). A `2` marks the
+edges that a layer puts out.
 
 Source: Philion and Fidler, "Lift, Splat, Shoot", ECCV 2020 (128x352 images, 41 bins from 4 m,
 200x200 cells of 0.5 m, 64 context channels).
@@ -37,6 +38,11 @@ from jaxtyping import Array, Float, Int
 from jaxbench.candidate import Candidate, Input, Workload
 
 DTYPE = jnp.bfloat16
+
+Depth = Float[Array, "B N H W D"]
+Context = Float[Array, "B N H W C"]
+Lifted = Float[Array, "B G C"]
+Cells = Int[np.ndarray, "N W D"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,9 +79,7 @@ class BevConfig:
     bev_depths: tuple[int, ...]
 
 
-def rig_cells(
-    config: BevConfig, *, num_cameras: int, num_columns: int, edge: int
-) -> Int[np.ndarray, "N W D"]:
+def rig_cells(config: BevConfig, *, num_cameras: int, num_columns: int, edge: int) -> Cells:
     """Computes which cell a camera's column and depth bin fall into; `edge * edge` if into none."""
     yaw = np.arange(num_cameras)[:, None, None] * (2 * math.pi / num_cameras)
     # Pixel centres, from the left; an image column to the left has a positive lateral offset.
@@ -92,12 +96,7 @@ def rig_cells(
 
 
 @jax.named_scope("lift")
-def lift_by_segment_sum(
-    depth: Float[Array, "B N H W D"],
-    context: Float[Array, "B N H W C"],
-    cells: Int[np.ndarray, "N W D"],
-    num_cells: int,
-) -> Float[Array, "B G C"]:
+def lift_by_segment_sum(depth: Depth, context: Context, cells: Cells, num_cells: int) -> Lifted:
     """Adds the outer product of every pixel to its cells one by one, in float32, as LSS does.
 
     out[b, g, c] = sum of depth[b, n, h, w, d] * context[b, n, h, w, c] over n, h, w, d whose
@@ -105,43 +104,32 @@ def lift_by_segment_sum(
     """
     wide_depth, wide_context = depth.astype(jnp.float32), context.astype(jnp.float32)
     points = wide_depth[..., :, None] * wide_context[..., None, :]
-    ids = jnp.broadcast_to(jnp.asarray(cells)[:, None], depth.shape[1:]).reshape(-1)
     points = points.reshape(depth.shape[0], -1, context.shape[-1])
+    ids = jnp.broadcast_to(jnp.asarray(cells)[:, None], depth.shape[1:]).reshape(-1)
     out = jax.vmap(lambda p: jax.ops.segment_sum(p, ids, num_segments=num_cells + 1))(points)
     return out[:, :num_cells].astype(context.dtype)
 
 
 @jax.named_scope("lift")
-def lift_by_gather(
-    depth: Float[Array, "B N H W D"],
-    context: Float[Array, "B N H W C"],
-    cells: Int[np.ndarray, "N W D"],
-    num_cells: int,
-) -> Float[Array, "B G C"]:
+def lift_by_gather(depth: Depth, context: Context, cells: Cells, num_cells: int) -> Lifted:
     """Computes `lift_by_segment_sum`: contracts rows, then each cell gathers its own points."""
     table = _points_of_cells(cells.reshape(-1), num_cells)
-    features = _contract_rows(depth, context)
     # Padding points one past the end, which "fill" reads as a row of zeros.
-    found = jnp.take(features, table, axis=1, mode="fill", fill_value=0)
+    found = jnp.take(_contract_rows(depth, context), table, axis=1, mode="fill", fill_value=0)
     return jnp.sum(found, axis=2, dtype=jnp.float32).astype(context.dtype)
 
 
 @jax.named_scope("lift")
-def lift_by_product(
-    depth: Float[Array, "B N H W D"],
-    context: Float[Array, "B N H W C"],
-    cells: Int[np.ndarray, "N W D"],
-    num_cells: int,
-) -> Float[Array, "B G C"]:
+def lift_by_product(depth: Depth, context: Context, cells: Cells, num_cells: int) -> Lifted:
     """Computes `lift_by_segment_sum`: contracts rows, then multiplies by a one-hot matrix.
 
-    The product is rounded once, to the dtype that the map's encoder reads; asking for a float32
-    result would not add precision but would make the product of the backward pass float32.
+    The product is rounded once, to the dtype that the map's encoder reads; a float32 result would
+    be rounded to the same and would make the products of the backward pass float32.
     """
-    features = _contract_rows(depth, context)
-    # Built in the program from the indices; index `num_cells` is out of range, a row of zeros.
-    one_hot = jax.nn.one_hot(cells.reshape(-1), num_cells, dtype=features.dtype)
-    return jnp.einsum("bpc,pg->bgc", features, one_hot)
+    points = _contract_rows(depth, context)
+    # Built in the program from the indices; index `num_cells` is out of range: a row of zeros.
+    one_hot = jax.nn.one_hot(cells.reshape(-1), num_cells, dtype=points.dtype)
+    return jnp.einsum("bpc,pg->bgc", points, one_hot)
 
 
 LIFTS = {
@@ -151,15 +139,13 @@ LIFTS = {
 }
 
 
-def _contract_rows(
-    depth: Float[Array, "B N H W D"], context: Float[Array, "B N H W C"]
-) -> Float[Array, "B P C"]:
+def _contract_rows(depth: Depth, context: Context) -> Float[Array, "B P C"]:
     """Sums the outer products over image rows, which share a cell; H times fewer points remain."""
     columns = jnp.einsum("bnhwd,bnhwc->bnwdc", depth, context)
     return columns.reshape(depth.shape[0], -1, context.shape[-1])
 
 
-def _points_of_cells(cells: Int[np.ndarray, "P"], num_cells: int) -> Int[np.ndarray, "G K"]:
+def _points_of_cells(cells: Int[np.ndarray, " P"], num_cells: int) -> Int[np.ndarray, "G K"]:
     """Lists each cell's points, padded with the number of points to the longest list."""
     order = np.argsort(cells, kind="stable").astype(np.int32)
     order = order[: np.count_nonzero(cells < num_cells)]
@@ -219,47 +205,52 @@ class ResidualBlock(nnx.Module):
         return nnx.relu(y + (x if self.shortcut is None else self.shortcut(x)))
 
 
-class Stage(nnx.Module):
-    """Residual blocks of one width; the first one may stride."""
+class Stages(nnx.Module):
+    """Residual blocks by stage; the first block of each stage strides."""
 
     def __init__(
-        self, num_in: int, num_out: int, *, depth: int, stride: int, rngs: nnx.Rngs
+        self,
+        num_in: int,
+        channels: tuple[int, ...],
+        depths: tuple[int, ...],
+        *,
+        strides: tuple[int, ...],
+        rngs: nnx.Rngs,
     ) -> None:
-        first = ResidualBlock(num_in, num_out, stride=stride, rngs=rngs)
-        rest = [ResidualBlock(num_out, num_out, stride=1, rngs=rngs) for _ in range(depth - 1)]
-        self.blocks = nnx.List([first, *rest])
+        stages = []
+        for num_out, depth, stride in zip(channels, depths, strides, strict=True):
+            shapes = [(num_in, num_out, stride), *[(num_out, num_out, 1)] * (depth - 1)]
+            blocks = [ResidualBlock(i, o, stride=s, rngs=rngs) for i, o, s in shapes]
+            stages.append(nnx.List(blocks))
+            num_in = num_out
+        self.stages = nnx.List(stages)
 
-    @jax.named_scope("stage")
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 F"]:
-        for block in self.blocks:
-            x = block(x)
-        return with_logical_constraint(x, ("batch", None, None, None))
+    @jax.named_scope("stages")
+    def __call__(self, x: Float[Array, "B H W C"]) -> list[Float[Array, "B _ _ _"]]:
+        outputs = []
+        for blocks in self.stages:
+            for block in blocks:
+                x = block(x)
+            x = with_logical_constraint(x, ("batch", None, None, None))
+            outputs.append(x)
+        return outputs
 
 
 class CameraEncoder(nnx.Module):
     """Images to a distribution over depth bins and a context vector at every pixel."""
 
     def __init__(self, config: BevConfig, *, rngs: nnx.Rngs) -> None:
+        channels, depths = config.camera_channels, config.camera_depths
         self.num_bins = config.num_bins
         self.stem = ConvNorm(3, config.stem, stride=2, rngs=rngs)
-        widths = zip((config.stem, *config.camera_channels), config.camera_channels, strict=False)
-        self.stages = nnx.List(
-            [
-                Stage(num_in, num_out, depth=depth, stride=2, rngs=rngs)
-                for (num_in, num_out), depth in zip(widths, config.camera_depths, strict=True)
-            ]
-        )
-        num_out = config.num_bins + config.context
-        self.head = _pointwise(config.camera_channels[-1], num_out, rngs=rngs)
+        strides = (2,) * len(channels)
+        self.stages = Stages(config.stem, channels, depths, strides=strides, rngs=rngs)
+        self.head = _pointwise(channels[-1], config.num_bins + config.context, rngs=rngs)
 
     @jax.named_scope("camera")
-    def __call__(
-        self, images: Float[Array, "B N H W 3"]
-    ) -> tuple[Float[Array, "B N H2 W2 D"], Float[Array, "B N H2 W2 C"]]:
+    def __call__(self, images: Float[Array, "B N I J 3"]) -> tuple[Depth, Context]:
         x = nnx.relu(self.stem(images.reshape(-1, *images.shape[2:])))
-        for stage in self.stages:
-            x = stage(x)
-        x = self.head(x)
+        x = self.head(self.stages(x)[-1])
         x = x.reshape(*images.shape[:2], *x.shape[1:])
         depth = jax.nn.softmax(x[..., : self.num_bins].astype(jnp.float32))
         return depth.astype(DTYPE), x[..., self.num_bins :]
@@ -270,22 +261,16 @@ class BevEncoder(nnx.Module):
 
     def __init__(self, config: BevConfig, *, rngs: nnx.Rngs) -> None:
         channels, top = config.bev_channels, config.bev_channels[-1]
+        strides = (1, *(2,) * (len(channels) - 1))
         self.stem = ConvNorm(config.context, channels[0], kernel=7, stride=2, rngs=rngs)
-        stages = []
-        for index, depth in enumerate(config.bev_depths):
-            num_in, stride = (channels[index - 1], 2) if index else (channels[0], 1)
-            stages.append(Stage(num_in, channels[index], depth=depth, stride=stride, rngs=rngs))
-        self.stages = nnx.List(stages)
+        self.stages = Stages(channels[0], channels, config.bev_depths, strides=strides, rngs=rngs)
         self.merge = ConvNorm(channels[0] + top, top, rngs=rngs)
         self.refine = ConvNorm(top, top // 2, rngs=rngs)
         self.head = _pointwise(top // 2, 1, rngs=rngs)
 
     @jax.named_scope("bev")
     def __call__(self, x: Float[Array, "B X Y C"]) -> Float[Array, "B X Y"]:
-        x = nnx.relu(self.stem(x))
-        x = skip = self.stages[0](x)
-        for stage in self.stages[1:]:
-            x = stage(x)
+        skip, *_, x = self.stages(nnx.relu(self.stem(x)))
         x = jnp.concatenate([skip, _enlarge(x, skip.shape[1] // x.shape[1])], axis=-1)
         x = _enlarge(nnx.relu(self.merge(x)), 2)
         return self.head(nnx.relu(self.refine(x)))[..., 0]
@@ -300,7 +285,7 @@ class BevNet(nnx.Module):
         self.bev = BevEncoder(config, rngs=rngs)
 
     @jax.named_scope("bev_net")
-    def __call__(self, images: Float[Array, "B N H W 3"], edge: int) -> Float[Array, "B X Y"]:
+    def __call__(self, images: Float[Array, "B N I J 3"], edge: int) -> Float[Array, "B X Y"]:
         images = with_logical_constraint(images, ("batch", None, None, None, None))
         depth, context = self.camera(images)
         cells = rig_cells(

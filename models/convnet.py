@@ -13,6 +13,7 @@ Dropout and stochastic depth are left out: a step is deterministic. Batch norm's
 those of the global batch.
 
 Letters: `B` batch, `H` `W` image or feature map, `C` channels in, `F` channels out, `K` classes.
+A `2` marks the edges that a layer puts out.
 
 Sources: Tan and Le, "EfficientNetV2", ICML 2021, figure 2, table 3; Tan and Le, "EfficientNet",
 ICML 2019, table 1 (B0), with width 1.4 and depth 1.8 (B4).

@@ -15,6 +15,13 @@ from typing import Any
 
 import pytest
 
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+}
 TARGETS = ("cpu", "tpu-v5e", "tpu-7x", "gpu-h100")
 TPU_TOPOLOGIES = {"tpu-v5e": "v5e:2x2", "tpu-7x": "tpu7x:2x2x1"}
 COMPILERS = ("jax", "jaxlib", "libtpu", "jax-cuda12-plugin")
@@ -70,7 +77,7 @@ def _layers(unroll: int) -> Build:
             return (h.astype(jnp.float32) ** 2).mean()
 
         stacked = _array((SCAN_LAYERS, SCAN_WIDTH, SCAN_WIDTH))
-        return jax.grad(loss), (stacked, _array((SCAN_BATCH, SCAN_WIDTH)))
+        return jax.grad(loss, argnums=(0, 1)), (stacked, _array((SCAN_BATCH, SCAN_WIDTH)))
 
     return build
 
@@ -116,12 +123,19 @@ def _open_loop(mesh: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
 
 
 def _fsdp(mesh: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """x @ w with the batch of x and the rows of w on the same two-way axis."""
+    """x @ w with the batch of x and the rows of w on the same two-way axis; w is gathered."""
+    import jax
+    from jax.sharding import Mesh, NamedSharding
     from jax.sharding import PartitionSpec as P
 
-    x = _array((FSDP["m"], FSDP["k"]), mesh=mesh, spec=P("data"))
-    w = _array((FSDP["k"], FSDP["n"]), mesh=mesh, spec=P("data"))
-    return (lambda x, w: x @ w), (x, w)
+    pair = Mesh(mesh.devices[:2, :1], mesh.axis_names)
+
+    def gathered(x: Any, w: Any) -> Any:
+        return x @ jax.lax.with_sharding_constraint(w, NamedSharding(pair, P()))
+
+    x = _array((FSDP["m"], FSDP["k"]), dtype="float32", mesh=pair, spec=P("data"))
+    w = _array((FSDP["k"], FSDP["n"]), dtype="float32", mesh=pair, spec=P("data"))
+    return gathered, (x, w)
 
 
 def _fsdp_step(mesh: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -252,16 +266,6 @@ def _compile_all(target: str, folder: pathlib.Path) -> None:
         (folder / f"{name}.pb").write_bytes(module.as_serialized_hlo_module_proto())
 
 
-def _environment() -> dict[str, str]:
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
-
-
 def _key() -> str:
     """Digest of what decides the HLO: the compilers' versions and this file."""
     versions = [f"{name}={importlib.metadata.version(name)}" for name in COMPILERS]
@@ -275,7 +279,7 @@ def _compiled(target: str, folder: pathlib.Path) -> dict[str, bytes]:
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, __file__, target, str(folder)]
-        done = subprocess.run(command, env=_environment(), capture_output=True, text=True)
+        done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0, f"compiling for {target} failed:\n{done.stderr[-4000:]}"
     return {name: (folder / f"{name}.pb").read_bytes() for name in PROGRAMS}
 
@@ -290,4 +294,5 @@ def hlo(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, bytes]]
 
 
 if __name__ == "__main__":
+    os.environ.update(ENVIRONMENT)
     _compile_all(sys.argv[1], pathlib.Path(sys.argv[2]))

@@ -1,7 +1,7 @@
 """An optimised HLO module as immutable values: computations, ops in schedule order, operands resolved."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -58,36 +58,40 @@ class DotDims:
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class Op:
-    """One HLO instruction. Two ops are equal only if they are the same one."""
+    """One HLO instruction. Two ops are equal only if they are the same one.
+
+    The fields from `parameter_number` on are set only for the opcodes that have them. `aliases` are (index in the
+    result, operand, index in the operand) of buffers that the op hands on.
+    """
 
     name: str
     opcode: str
     shape: Shape
     operands: tuple["Op", ...] = field(repr=False)
     called: tuple["Computation", ...] = field(repr=False)
-    op_name: str
-    parameter_number: int
-    tuple_index: int
-    dimensions: tuple[int, ...]
-    fusion_kind: str
-    literal: tuple[int, ...] | None
-    window: tuple[WindowDim, ...]
-    convolution: ConvolutionDims | None
-    dot: DotDims | None
-    feature_group_count: int
-    batch_group_count: int
-    slice_sizes: tuple[int, ...]
-    slice_bounds: tuple[tuple[int, int, int], ...]
-    channel_id: int
-    custom_call_target: str
-    groups: ReplicaGroups | None
-    source_target_pairs: tuple[tuple[int, int], ...]
-    aliases: tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...]
-    direction: str
-    thread: str
-    is_host_transfer: bool
-    control_predecessors: tuple[str, ...]
-    backend_config: bytes = field(repr=False)
+    op_name: str = ""
+    control_predecessors: tuple[str, ...] = ()
+    backend_config: bytes = field(default=b"", repr=False)
+    parameter_number: int = 0
+    tuple_index: int = 0
+    dimensions: tuple[int, ...] = ()
+    fusion_kind: str = ""
+    literal: tuple[int, ...] | None = None
+    window: tuple[WindowDim, ...] = ()
+    convolution: ConvolutionDims | None = None
+    dot: DotDims | None = None
+    feature_group_count: int = 1
+    batch_group_count: int = 1
+    slice_sizes: tuple[int, ...] = ()
+    slice_bounds: tuple[tuple[int, int, int], ...] = ()
+    channel_id: int = 0
+    custom_call_target: str = ""
+    groups: ReplicaGroups | None = None
+    source_target_pairs: tuple[tuple[int, int], ...] = ()
+    aliases: tuple[tuple[tuple[int, ...], int, tuple[int, ...]], ...] = ()
+    direction: str = ""
+    thread: str = ""
+    is_host_transfer: bool = False
 
     @property
     def scope(self) -> str:
@@ -264,42 +268,106 @@ def _read_op(
     computations: dict[int, Computation],
     shapes: ShapeReader,
 ) -> Op:
-    name, opcode, shape = proto.name, proto.opcode, shapes.read(proto.shape)
+    name, opcode = proto.name, proto.opcode
+    read_details = _DETAILS.get(opcode.removesuffix("-start"))
+    details = read_details(proto) if read_details else {}
+    if opcode == "constant":
+        details["literal"] = _read_literal(proto, shapes.read(proto.shape))
+    called = proto.called_computation_ids
+    before = proto.control_predecessor_ids
     return Op(
         name=name,
         opcode=opcode,
-        shape=shape,
-        operands=tuple(_look_up(ops, i, "operand", name) for i in proto.operand_ids),
-        called=tuple(
-            _look_up(computations, i, "computation", name) for i in proto.called_computation_ids
-        ),
+        shape=shapes.read(proto.shape),
+        operands=tuple([_look_up(ops, i, "operand", name) for i in proto.operand_ids]),
+        called=tuple([_look_up(computations, i, "computation", name) for i in called]),
         op_name=proto.metadata.op_name,
-        parameter_number=proto.parameter_number,
-        tuple_index=proto.tuple_index,
-        dimensions=tuple(proto.dimensions),
-        fusion_kind=proto.fusion_kind,
-        literal=_read_literal(proto, shape) if opcode == "constant" else None,
-        window=_read_window(proto.window) if proto.HasField("window") else (),
-        convolution=_read_convolution(proto) if proto.HasField("convolution") else None,
-        dot=_read_dot(proto),
-        feature_group_count=proto.feature_group_count or 1,
-        batch_group_count=proto.batch_group_count or 1,
-        slice_sizes=tuple(proto.dynamic_slice_sizes or proto.gather_slice_sizes),
-        slice_bounds=tuple((d.start, d.limit, d.stride) for d in proto.slice_dimensions),
-        channel_id=proto.channel_id,
-        custom_call_target=proto.custom_call_target,
-        groups=read_groups(proto),
-        source_target_pairs=tuple((p.source, p.target) for p in proto.source_target_pairs),
-        aliases=tuple(
+        control_predecessors=tuple([names.get(i, "") for i in before]),
+        backend_config=proto.backend_config,
+        **details,
+    )
+
+
+def _parameter_details(proto: Any) -> dict[str, Any]:
+    return {"parameter_number": proto.parameter_number}
+
+
+def _element_details(proto: Any) -> dict[str, Any]:
+    return {"tuple_index": proto.tuple_index}
+
+
+def _dimension_details(proto: Any) -> dict[str, Any]:
+    return {"dimensions": tuple(proto.dimensions)}
+
+
+def _compare_details(proto: Any) -> dict[str, Any]:
+    return {"direction": proto.comparison_direction}
+
+
+def _slice_details(proto: Any) -> dict[str, Any]:
+    return {
+        "slice_sizes": tuple(proto.dynamic_slice_sizes or proto.gather_slice_sizes),
+        "slice_bounds": tuple((d.start, d.limit, d.stride) for d in proto.slice_dimensions),
+    }
+
+
+def _call_details(proto: Any) -> dict[str, Any]:
+    """Fusions and asynchronous wrappers."""
+    return {
+        "fusion_kind": proto.fusion_kind,
+        "thread": proto.async_execution_thread,
+        "aliases": tuple(
             (tuple(a.output_index), a.operand, tuple(a.operand_index))
             for a in proto.output_operand_aliasing
         ),
-        direction=proto.comparison_direction,
-        thread=proto.async_execution_thread,
-        is_host_transfer=proto.is_host_transfer,
-        control_predecessors=tuple(names.get(i, "") for i in proto.control_predecessor_ids),
-        backend_config=proto.backend_config,
-    )
+    }
+
+
+def _window_details(proto: Any) -> dict[str, Any]:
+    """Convolutions, dots, windowed reductions, and the custom calls of libraries that do them."""
+    return {
+        "window": _read_window(proto.window),
+        "convolution": _read_convolution(proto) if proto.HasField("convolution") else None,
+        "dot": _read_dot(proto),
+        "feature_group_count": proto.feature_group_count or 1,
+        "batch_group_count": proto.batch_group_count or 1,
+        "custom_call_target": proto.custom_call_target,
+    }
+
+
+def _collective_details(proto: Any) -> dict[str, Any]:
+    return {
+        "dimensions": tuple(proto.dimensions),
+        "channel_id": proto.channel_id,
+        "groups": read_groups(proto),
+        "source_target_pairs": tuple((p.source, p.target) for p in proto.source_target_pairs),
+        "is_host_transfer": proto.is_host_transfer,
+    }
+
+
+def _custom_call_details(proto: Any) -> dict[str, Any]:
+    return _call_details(proto) | _window_details(proto)
+
+
+# What else is read of an op, by opcode without `-start`; most ops need nothing.
+_DETAILS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "parameter": _parameter_details,
+    "get-tuple-element": _element_details,
+    "compare": _compare_details,
+    "custom-call": _custom_call_details,
+    **dict.fromkeys(("slice", "dynamic-slice", "gather"), _slice_details),
+    **dict.fromkeys(("fusion", "async", "async-update", "async-done"), _call_details),
+    **dict.fromkeys(("broadcast", "transpose", "reduce", "concatenate"), _dimension_details),
+    **dict.fromkeys(
+        ("convolution", "dot", "ragged-dot", "reduce-window", "select-and-scatter"),
+        _window_details,
+    ),
+    **dict.fromkeys(
+        "all-gather all-reduce all-to-all ragged-all-to-all reduce-scatter collective-permute "
+        "collective-broadcast send recv send-done recv-done".split(),
+        _collective_details,
+    ),
+}
 
 
 def _read_literal(proto: Any, shape: Shape) -> tuple[int, ...] | None:

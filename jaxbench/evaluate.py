@@ -1,0 +1,232 @@
+"""One candidate on one target, from source to priced prediction: the line of values, run in a worker.
+
+Returns plain data for a record. Each stage that fails ends the line with a `Failure`; what the stages
+before it gave is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+from jaxbench import cache
+from jaxbench.compiler import (
+    Compiled,
+    DoesNotFitError,
+    check_fit,
+    compile_program,
+    compiled_key,
+    make_mesh,
+    platform_of,
+    unpack_compiled,
+    versions_for,
+)
+from jaxbench.errors import Failure, MeasureError
+from jaxbench.layout import parse_layout
+from jaxbench.target import Target, chip_table, parse_target
+from jaxbench.worker import failure_of
+
+# What these files hold decides which program a request becomes.
+_PROGRAM_FILES = ("candidate.py", "layout.py", "program.py", "mathematics.py", "compiler.py", "chips.toml")
+
+
+def evaluate(
+    *,
+    described: Mapping[str, Any],
+    layout: str,
+    target: str,
+    cpu_peaks: Mapping[str, float] | None = None,
+    measure_s: float | None = None,
+) -> dict[str, Any]:
+    """Evaluates one request and returns the stage values of its record.
+
+    Args:
+      described: From `discovery.describe_candidates`.
+      layout: Resolved layout.
+      target: Target name.
+      cpu_peaks: From `measure_peaks`, needed on CPU targets.
+      measure_s: Seconds to spend on timing, on the attached device; None prices only.
+    """
+    line = _Line(described, layout, parse_target(target), cpu_peaks)
+    try:
+        if measure_s is None:
+            line.compile()
+            line.price()
+        else:
+            line.compile_and_measure(measure_s)
+    except _StageError as error:
+        line.values["failure"] = error.failure.to_json()
+    line.values["timings"]["worker_s"] = time.perf_counter() - line.started
+    return line.values
+
+
+class _StageError(Exception):
+    def __init__(self, failure: Failure):
+        super().__init__(failure.text)
+        self.failure = failure
+
+
+class _Stage:
+    """Names the stage of whatever goes wrong inside, and times it."""
+
+    def __init__(self, name: str, timings: dict[str, float]):
+        self.name, self.timings = name, timings
+
+    def __enter__(self) -> None:
+        self.started = time.perf_counter()
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        name = f"{self.name}_s"
+        self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - self.started
+        if isinstance(error, DoesNotFitError):
+            raise _StageError(error.to_failure()) from error
+        if isinstance(error, Exception) and not isinstance(error, _StageError):
+            raise _StageError(failure_of(error, stage=self.name)) from error
+
+
+class _Line:
+    """The values of one request as they come into being."""
+
+    def __init__(self, described: Mapping[str, Any], layout: str, target: Target, cpu_peaks: Any):
+        self.described, self.layout, self.target, self.cpu_peaks = described, layout, target, cpu_peaks
+        self.values: dict[str, Any] = {"timings": {}}
+        self.timings: dict[str, float] = self.values["timings"]
+        self.started = time.perf_counter()
+        self.compiled: Compiled | None = None
+
+    def compile(self) -> None:
+        """Finds the compiled program in the cache, or traces, lowers and compiles it."""
+        program_key = self._program_key()
+        if not self._recall(program_key):
+            with cache.locked("programs", program_key):
+                if not self._recall(program_key):
+                    self._make(program_key)
+        self._describe_compiled()
+
+    def _program_key(self) -> str:
+        asked = [self.described[key] for key in ("module", "name", "config", "workload", "source_sha256")]
+        return cache.key_of(asked, self.layout, self.target.name, versions_for(self.target), _code_digest())
+
+    def _recall(self, program_key: str) -> bool:
+        with _Stage("recall", self.timings):
+            known = cache.read_entry("programs", program_key)
+            if known is None:
+                return False
+            program = json.loads(known)
+            packed = cache.read_entry("compiled", compiled_key(program["program_sha256"], self.target))
+            if packed is None:
+                return False
+            self.values.update(program)
+            self.compiled = unpack_compiled(packed)
+            return True
+
+    def _make(self, program_key: str) -> Any:
+        """Traces, lowers and compiles; returns the program's maker of arguments and the executable."""
+        program = self._build()
+        known = {
+            "program_sha256": program.sha256,
+            "num_params": program.num_params,
+            "mathematics": dataclasses.asdict(program.mathematics),
+        }
+        self.values.update(known)
+        with _Stage("compile", self.timings):
+            compiled, executable = compile_program(program.lowered, program.sha256, self.target)
+        self.timings["compile_s"] = compiled.compile_s
+        self.compiled = compiled
+        with _Stage("store", self.timings):
+            cache.write_entry("compiled", compiled_key(program.sha256, self.target), compiled.pack())
+            cache.write_entry("programs", program_key, json.dumps(known).encode())
+        return program.init, executable
+
+    def _build(self) -> Any:
+        with _Stage("load", self.timings):
+            from jaxbench.discovery import load_candidate
+            from jaxbench.program import build_program
+
+            candidate = load_candidate(self.described["module"], self.described["name"])
+        with _Stage("program", self.timings):
+            layout = parse_layout(self.layout)
+            program = build_program(
+                candidate, layout, make_mesh(self.target, layout), platform_of(self.target)
+            )
+        self.timings["trace_s"], self.timings["lower_s"] = program.trace_s, program.lower_s
+        return program
+
+    def _describe_compiled(self) -> None:
+        assert self.compiled is not None
+        memory = self.compiled.memory
+        self.values["hlo_sha256"] = self.compiled.hlo_sha256
+        self.values["compiled"] = {
+            "compile_s": self.compiled.compile_s,
+            "hlo_bytes": len(self.compiled.hlo),
+            "memory": {**dataclasses.asdict(memory), "peak_bytes": memory.peak_bytes},
+        }
+        with _Stage("fit", self.timings):
+            check_fit(self.compiled, self.target)
+
+    def price(self) -> None:
+        """Reads and prices the optimised HLO and predicts the step."""
+        assert self.compiled is not None
+        with _Stage("price", self.timings):
+            from jaxbench.cost import price_module
+            from jaxbench.hlo import read_module
+            from jaxbench.predict import predict_step
+
+            cost = price_module(read_module(self.compiled.hlo), mxu=chip_table()[self.target.chip].mxu)
+            model = self.values.pop("mathematics")
+            model_flops = sum(flops for _, flops in model["flops_by_dtype"]) / self.target.num_devices
+            self.values["cost"] = {
+                "model_flops": model_flops,
+                "model_io_bytes": model["io_bytes"] / self.target.num_devices,
+                **cost.to_json(),
+            }
+            prediction = predict_step(
+                cost,
+                self.target,
+                model_flops=model_flops,
+                dtype=self.described["workload"]["dtype"],
+                cpu_peaks=self.cpu_peaks,
+            )
+            self._describe_prediction(prediction, cost)
+
+    def _describe_prediction(self, prediction: Any, cost: Any) -> None:
+        values = {**dataclasses.asdict(prediction), "terms": dict(prediction.terms)}
+        compiler_s = values.pop("compiler_s")
+        self.values["prediction"] = values
+        if compiler_s is not None:
+            self.values["compiler"] = {"cycles": cost.cycles, "step_s": compiler_s}
+        self._set_samples_per_s(prediction.step_s, "prediction")
+
+    def _set_samples_per_s(self, step_s: float, origin: str) -> None:
+        if step_s > 0:
+            self.values["samples_per_s"] = self.described["workload"]["global_batch"] / step_s
+            self.values["samples_per_s_from"] = origin
+
+    def compile_and_measure(self, measure_s: float) -> None:
+        """Compiles for the attached device and times the step. The HLO is priced as elsewhere."""
+        from jaxbench.measure import measure_step
+
+        init, executable = self._make(self._program_key())
+        self._describe_compiled()
+        self.price()
+        with _Stage("measure", self.timings):
+            measurement = measure_step(executable, init, budget_s=measure_s)
+            if min(measurement.samples_s) <= 0 and sorted(measurement.samples_s)[len(measurement.samples_s) // 2] <= 0:
+                raise MeasureError("The median slope is not positive: the machine is too busy. Measure again.")
+        self.values["measurement"] = dataclasses.asdict(measurement)
+        from jaxbench.stats import median_s
+
+        self._set_samples_per_s(median_s(measurement.samples_s), "measurement")
+
+
+@functools.cache
+def _code_digest() -> str:
+    files = resources.files("jaxbench")
+    texts = [files.joinpath(name).read_bytes() for name in _PROGRAM_FILES]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
