@@ -1,7 +1,7 @@
-"""What a compiled program costs one device in one step: FLOPs, HBM bytes, bytes on the wire, compiler cycles.
+"""What a compiled program costs one device in one step: FLOPs, bytes, cycles.
 
-One registered rule an opcode says what one op computes; `jaxbench.hlo.traffic` says what it moves. Loops count their
-trips. What has no rule is listed under `unpriced`, never dropped.
+One registered rule an opcode says what one op computes; `jaxbench.hlo.traffic` says what it moves.
+Loops count their trips. What has no rule is listed under `unpriced`, never dropped.
 """
 
 from collections import Counter
@@ -46,9 +46,10 @@ class Work:
 class OpCost:
     """One scheduled op. All numbers are totals over its `count` executions in one step.
 
-    `opcode` is what is done: an asynchronous start carries its inner opcode (`all-gather`), the done costs nothing.
-    `cycles` is XLA:TPU's own estimate, None where it has none. `moved_bytes` is the dense size of operands and
-    results, wherever they lie: the weight of the op in `unpriced_share`.
+    `opcode` is what is done: an asynchronous start carries its inner opcode (`all-gather`), the
+    done costs nothing. `cycles` is XLA:TPU's own estimate, None where it has none. `moved_bytes` is
+    the dense size of operands and results, wherever they lie: the weight of the op in
+    `unpriced_share`.
     """
 
     name: str
@@ -83,8 +84,9 @@ class OpCost:
 class Cost:
     """Costs of one device and one step. `Cost()` is zero; `a + b` is both, `a * n` is a loop.
 
-    `collective_bytes` maps (kind, group size) to bytes that one device sends. `unpriced` counts executed ops without a
-    rule, by opcode or custom-call target; `unpriced_bytes` is what they move. All totals are sums over `ops`.
+    `collective_bytes` maps (kind, group size) to bytes that one device sends. `unpriced` counts
+    executed ops without a rule, by opcode or custom-call target; `unpriced_bytes` is what they
+    move. All totals are sums over `ops`.
     """
 
     ops: tuple[OpCost, ...] = ()
@@ -161,7 +163,7 @@ def _merge(
     return tuple(sorted(total.items()))
 
 
-# --- What one op computes ---------------------------------------------------------------------------------------------
+# --- What one op computes -------------------------------------------------------------------------
 
 Rule = Callable[[Op, int], Work]
 RULES: dict[str, Rule] = {}
@@ -169,7 +171,7 @@ NO_WORK = Work()
 
 
 def rule(*opcodes: str) -> Callable[[Rule], Rule]:
-    """Registers what ops with these opcodes compute: `f(op, mxu)` gives the `Work` of one execution."""
+    """Registers what these opcodes compute: `f(op, mxu)` is the `Work` of one execution."""
 
     def register(function: Rule) -> Rule:
         for opcode in opcodes:
@@ -180,27 +182,38 @@ def rule(*opcodes: str) -> Callable[[Rule], Rule]:
     return register
 
 
-@rule(*(
-    "abs add and atan2 cbrt ceil clamp cosine count-leading-zeros divide erf exponential "
-    "exponential-minus-one floor log log-plus-one logistic maximum minimum multiply negate not or popcnt power "
-    "remainder round-nearest-afz round-nearest-even rsqrt shift-left shift-right-arithmetic shift-right-logical sign "
-    "sine sqrt stochastic-convert subtract tan tanh xor map acos acosh asin asinh atanh cosh sinh"
-).split())  # fmt: skip
+# One operation for each element of the result.
+_ELEMENTWISE = """
+abs add and atan2 cbrt ceil clamp cosine count-leading-zeros divide erf exponential
+exponential-minus-one floor log log-plus-one logistic maximum minimum multiply negate not or
+popcnt power remainder round-nearest-afz round-nearest-even rsqrt shift-left
+shift-right-arithmetic shift-right-logical sign sine sqrt stochastic-convert subtract tan
+tanh xor map acos acosh asin asinh atanh cosh sinh
+"""
+
+
+@rule(*_ELEMENTWISE.split())
 def _elementwise(op: Op, mxu: int) -> Work:
     """One operation for each element; a transcendental function counts one too."""
     del mxu
     return Work.of(op.shape.dtype, op.shape.size) if op.shape.dtype != "pred" else NO_WORK
 
 
-@rule(*(
-    "bitcast-convert broadcast compare complex concatenate convert copy copy-start dynamic-reshape dynamic-slice "
-    "dynamic-update-slice gather imag infeed iota is-finite outfeed pad real recv reduce-precision reshape reverse rng "
-    "rng-bit-generator rng-get-and-update-state select send set-dimension-size get-dimension-size slice sort topk "
-    "transpose all-gather all-gather-start all-reduce all-reduce-start all-to-all collective-broadcast "
-    "collective-permute collective-permute-start ragged-all-to-all reduce-scatter"
-).split())  # fmt: skip
+# Moves, comparisons, random bits and collectives.
+_MOVES = """
+bitcast-convert broadcast compare complex concatenate convert copy copy-start
+dynamic-reshape dynamic-slice dynamic-update-slice gather imag infeed iota is-finite outfeed
+pad real recv reduce-precision reshape reverse rng rng-bit-generator
+rng-get-and-update-state select send set-dimension-size get-dimension-size slice sort topk
+transpose all-gather all-gather-start all-reduce all-reduce-start all-to-all
+collective-broadcast collective-permute collective-permute-start ragged-all-to-all
+reduce-scatter
+"""
+
+
+@rule(*_MOVES.split())
 def _moves(op: Op, mxu: int) -> Work:
-    """Moves, comparisons and random bits: no FLOPs. (The additions of a reduction across devices count none.)"""
+    """No FLOPs; the additions of a reduction across devices count none either."""
     del op, mxu
     return NO_WORK
 
@@ -295,9 +308,10 @@ def _triangular_solve(op: Op, mxu: int) -> Work:
 
 
 def _library_matmul(op: Op, mxu: int) -> Work:
-    """A matmul that a library does (cuBLAS, oneDNN): 2 * output * depth, with the depth from the operands' sizes.
+    """A matmul that a library does (cuBLAS, oneDNN): 2 * output * depth.
 
-    For A [b, m, k] and B [b, k, n], |A| |B| / |C| = b k^2; b is the product of the leading dimensions of C.
+    The depth comes from the sizes: for A [b, m, k] and B [b, k, n], |A| |B| / |C| = b k^2; b is the
+    product of the leading dimensions of C.
     """
     del mxu
     out = op.shape.elements[0] if op.shape.is_tuple else op.shape
@@ -313,19 +327,21 @@ def _author_estimate(op: Op) -> Work | None:
     if not estimate:
         return None
     flops = int(estimate.get("flops", 0)) + int(estimate.get("transcendentals", 0))
-    dtype = _matmul_dtype(op) if op.operands else op.shape.leaves[0].dtype
+    largest = max((*op.operands, op), key=lambda o: (o.shape.dtype[0] in "bf", o.shape.bytes))
+    dtype = largest.shape.leaves[0].dtype
     return Work.of(dtype, flops)
 
 
 # Custom calls that only give a buffer another name or shape; they neither compute nor move.
 _FREE_TARGETS = frozenset((
-    "AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone", "Sharding", "SPMDFullToShardShape",
-    "SPMDShardToFullShape", "AssumeGatherIndicesInBound",
+    "AllocateBuffer", "ConcatBitcast", "AsyncCollectiveStart", "AsyncCollectiveDone",
+    "Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape", "AssumeGatherIndicesInBound",
 ))  # fmt: skip
 # Custom calls that rearrange or select: they move their operands and results once, without FLOPs.
 _MOVING_TARGETS = frozenset((
-    "GatherScatterIndicesBitpacked", "TopK", "PartialReduce", "X64Combine", "X64SplitLow", "X64SplitHigh",
-    "MoveToHost", "MoveToDevice", "SliceToDynamic", "PadToStatic", "__cub$DeviceRadixSort",
+    "GatherScatterIndicesBitpacked", "TopK", "__gpu$TopK", "PartialReduce", "X64Combine",
+    "X64SplitLow", "X64SplitHigh", "MoveToHost", "MoveToDevice", "SliceToDynamic",
+    "PadToStatic", "__cub$DeviceRadixSort",
 ))  # fmt: skip
 _LIBRARY_MATMULS = ("__cublas$", "__onednn$matmul", "__triton_gemm")
 
@@ -369,11 +385,11 @@ def _custom_call_work(op: Op, mxu: int) -> Work | None:
     return _author_estimate(op)
 
 
-# --- What goes over the wire ------------------------------------------------------------------------------------------
+# --- What goes over the wire ----------------------------------------------------------------------
 
 _WIRE: dict[str, Callable[[int, int], int]] = {
-    # Bytes that one of n devices sends, from the bytes of its own operands, with the ring algorithm.
-    # Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce", JPDC 2009.
+    # Bytes that one of n devices sends, from the bytes of its own operands, with the ring
+    # algorithm. Source: Patarasuk and Yuan, "Bandwidth optimal all-reduce", JPDC 2009.
     "all-gather": lambda size, n: size * (n - 1),
     "all-reduce": lambda size, n: -(-2 * size * (n - 1) // n),
     "reduce-scatter": lambda size, n: -(-size * (n - 1) // n),
@@ -391,17 +407,18 @@ def _collective_kind(op: Op) -> str | None:
 
 
 def _collective_bytes(op: Op, kind: str) -> int:
-    """Bytes on the wire for one execution; all-gather from its operands: out * (n - 1) / n = in * (n - 1)."""
+    """Bytes on the wire for one execution; an all-gather's out * (n - 1) / n is in * (n - 1)."""
     operands = op.operands[:1] if kind in ("send", "ragged-all-to-all") else op.operands
     size = sum(operand.shape.bytes for operand in operands)
     return _WIRE[kind](size, 2 if kind == "send" else op.group_size)
 
 
 def _fused_collective(op: Op, started: frozenset[int]) -> tuple[Op, str] | None:
-    """The collective that a fusion starts, with its kind; None if it has none, or only goes on with one.
+    """The collective that a fusion starts, with its kind; None if it starts none.
 
-    XLA:TPU repeats an asynchronous collective in the fusion that starts it, in those that overlap with it and in the
-    one that ends it: only the start counts. An all-reduce of which the fusion keeps a slice is a reduce-scatter.
+    XLA:TPU repeats an asynchronous collective in the fusion that starts it, in those that overlap
+    with it and in the one that ends it: only the start counts. An all-reduce of which the fusion
+    keeps a slice is a reduce-scatter.
     """
     ops = op.called[0].ops
     inner = next((fused for fused in ops if _collective_kind(fused)), None)
@@ -427,14 +444,16 @@ def _started_channels(module: Module) -> frozenset[int]:
     )
 
 
-# --- The walk over the schedule ---------------------------------------------------------------------------------------
+# --- The walk over the schedule -------------------------------------------------------------------
 
-# Ops that neither compute nor move, and the later halves of asynchronous pairs, which count at their start.
-FREE = frozenset(
-    "add-dependency after-all bitcast constant domain get-tuple-element opt-barrier optimization-barrier parameter "
-    "partition-id replica-id tuple all-gather-done all-reduce-done async-done async-update collective-permute-done "
-    "copy-done recv-done send-done".split()
-)
+# Ops that neither compute nor move, and the later halves of asynchronous pairs, which count at
+# their start.
+_FREE_OPCODES = """
+add-dependency after-all bitcast constant domain get-tuple-element opt-barrier
+optimization-barrier parameter partition-id replica-id tuple all-gather-done all-reduce-done
+async-done async-update collective-permute-done copy-done recv-done send-done
+"""
+FREE = frozenset(_FREE_OPCODES.split())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -461,7 +480,7 @@ class _Pricer:
         return self._leaf(op)
 
     def _loop(self, op: Op) -> Cost:
-        """Body and condition times the trips; without a known number of trips the loop is unpriced."""
+        """Body and condition times the trips; with unknown trips the loop is unpriced."""
         body, condition = (self.computation(called) for called in op.called)
         trips = trip_count(op, self.module)
         if trips is None:
@@ -531,11 +550,11 @@ def _total(costs: Iterable[Cost]) -> Cost:
 def price_module(module: Module, *, mxu: int = 1) -> Cost:
     """Prices one step of one device from its optimised HLO.
 
-    FLOPs = sum over executed ops of their rule; bytes = sum over scheduled ops of what crosses HBM; both times the
-    trips of the loops around them. A conditional counts its most expensive branch.
+    FLOPs = sum over executed ops of their rule; bytes = sum over scheduled ops of what crosses HBM;
+    both times the trips of the loops around them. A conditional counts its most expensive branch.
 
-    Assumes that each fused op runs once for each of its elements, and that every buffer in HBM is moved in full
-    tiles. Ops that only move (sort, random bits) count no FLOPs.
+    Assumes that each fused op runs once for each of its elements, and that every buffer in HBM is
+    moved in full tiles. Ops that only move (sort, random bits) count no FLOPs.
 
     Args:
       module: From `read_module`, of an executable's HLO (scheduled and partitioned).

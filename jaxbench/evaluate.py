@@ -15,6 +15,8 @@ from collections.abc import Mapping
 from importlib import resources
 from typing import Any
 
+import psutil
+
 from jaxbench import cache
 from jaxbench.compiler import (
     Compiled,
@@ -184,7 +186,7 @@ class _Line:
             self.values["cost"] = {
                 "model_flops": model_flops,
                 "model_io_bytes": model["io_bytes"] / self.target.num_devices,
-                **cost.to_json(),
+                **_cost_values(cost),
             }
             prediction = predict_step(
                 cost,
@@ -208,6 +210,12 @@ class _Line:
             self.values["samples_per_s"] = self.described["workload"]["global_batch"] / step_s
             self.values["samples_per_s_from"] = origin
 
+    def _check_host_memory(self) -> None:
+        assert self.compiled is not None
+        needed, free = self.compiled.memory.peak_bytes, psutil.virtual_memory().available
+        if self.target.kind == "cpu" and needed > free:
+            raise DoesNotFitError(needed, free)
+
     def compile_and_measure(self, measure_s: float) -> None:
         """Compiles for the attached device and times the step. The HLO is priced as elsewhere."""
         from jaxbench.measure import measure_step
@@ -215,6 +223,8 @@ class _Line:
         init, executable = self._make(self._program_key())
         self._describe_compiled()
         self.price()
+        with _Stage("fit", self.timings):
+            self._check_host_memory()
         with _Stage("measure", self.timings):
             measurement = measure_step(executable, init, budget_s=measure_s)
             if min(measurement.samples_s) <= 0 and sorted(measurement.samples_s)[len(measurement.samples_s) // 2] <= 0:
@@ -223,6 +233,24 @@ class _Line:
         from jaxbench.stats import median_s
 
         self._set_samples_per_s(median_s(measurement.samples_s), "measurement")
+
+
+def _cost_values(cost: Any) -> dict[str, Any]:
+    kinds: dict[str, int] = {}
+    for (kind, _), size in cost.collective_bytes:
+        kinds[kind] = kinds.get(kind, 0) + size
+    return {
+        "hlo_flops": cost.hlo_flops,
+        "matmul_flops": cost.matmul_flops,
+        "padded_flops": cost.padded_flops,
+        "flops_by_dtype": dict(cost.flops_by_dtype),
+        "hbm_bytes": cost.hbm_bytes,
+        "collective_bytes": sum(kinds.values()),
+        "collective_bytes_by_kind": kinds,
+        "num_ops": sum(op.count for op in cost.ops),
+        "unpriced": dict(cost.unpriced),
+        "unpriced_share": cost.unpriced_share,
+    }
 
 
 @functools.cache

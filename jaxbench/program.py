@@ -120,7 +120,8 @@ def _make_step(
     optimizer = getattr(optax, workload.optimizer)(workload.learning_rate)
 
     def loss_of(params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
-        module = nnx.merge(graphdef, params, rest)
+        # Variables can be changed only at the trace level that made them: batch statistics are made anew here.
+        module = nnx.merge(graphdef, params, jax.tree.map(lambda leaf: leaf, rest))
         value = loss(module, batch)
         return value.astype(jnp.float32), nnx.split(module, nnx.Param, ...)[2]
 

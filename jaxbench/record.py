@@ -55,6 +55,11 @@ class Record:
     failure: Mapping[str, Any] | None = None
     timings: Mapping[str, float] = field(default_factory=dict)
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a worker ended without saying anything: the next run tries again."""
+        return self.failure is not None and self.failure["stage"] == "worker"
+
     def to_json(self) -> dict[str, Any]:
         """Returns the record as one JSON-ready dict, every key present."""
         return {name: getattr(self, name) for name in self.__dataclass_fields__}
@@ -86,7 +91,7 @@ def append_record(folder: Path, record: Record) -> bool:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if any(known.id == record.id for known in read_records(folder)):
+            if any(known.id == record.id and not known.is_lost for known in read_records(folder)):
                 return False
             _write_whole(descriptor, line)
         finally:
@@ -109,7 +114,9 @@ def _write_whole(descriptor: int, line: bytes) -> None:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Reads a folder's records; a half-written line is passed over, of two with one id the first counts.
+    """Reads a folder's records; a half-written line is passed over.
+
+    Of several with one id the first counts, but a lost one gives way to what came after it.
 
     Raises:
       UsageError: if the records are of another schema.
@@ -128,7 +135,9 @@ def read_records(folder: Path) -> list[Record]:
                     f"{path} has records of schema {values.get('schema')}, this jaxbench reads {SCHEMA}. "
                     "Use another folder, or the jaxbench that wrote it."
                 )
-            found.setdefault(values["id"], Record(**values))
+            record = Record(**values)
+            if record.id not in found or found[record.id].is_lost:
+                found[record.id] = record
     return list(found.values())
 
 

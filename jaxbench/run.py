@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +14,11 @@ from typing import Any
 
 from jaxbench import cache
 from jaxbench.compiler import versions_for
+from jaxbench.discovery import family_modules
 from jaxbench.errors import CandidateError, Failure, JaxbenchError, LayoutError, UsageError
 from jaxbench.layout import parse_layout, resolve_layout
 from jaxbench.record import Record, append_record, read_records, record_id
-from jaxbench.suite import Suite
+from jaxbench.suite import DEFAULT_TARGETS, Part, Suite, load_suite, suite_names
 from jaxbench.target import Target, missing_compiler, parse_target
 from jaxbench.worker import Job, call_in_worker, run_jobs
 
@@ -46,6 +49,72 @@ class Request:
     def id(self) -> str:
         """The record's id."""
         return record_id(self.described, self.layout, self.target.name, self.versions, self.measured)
+
+
+def run_named(
+    what: Sequence[str],
+    *,
+    out: Path,
+    targets: Sequence[str] | None,
+    layout: str | None,
+    measure: bool,
+    limits: Limits,
+    progress: Progress,
+) -> list[Record]:
+    """Runs suites, files and candidates by name, and returns the records of all that was asked.
+
+    Args:
+      what: Names of suites, paths of candidate files, or names or patterns of candidates.
+      out: Folder of the records.
+      targets: In place of the suites' own, or of the default ones.
+      layout: In place of the suites' own, or of `data`.
+      measure: Also time steps on attached targets, where a suite does not say so itself.
+
+    Raises:
+      UsageError: if something named does not exist or cannot be.
+    """
+    check_writable(out)
+    for target in targets or ():
+        parse_target(target)
+    files = [name for name in what if name.endswith(".py")]
+    for name in files:
+        if not Path(name).is_file():
+            raise UsageError(f"No file {name!r} here. Give the path of a Python file with a tuple CANDIDATES.")
+    suites = [load_suite(name) for name in what if name in suite_names()]
+    names = [name for name in what if name not in files and name not in suite_names()]
+    described = describe([*family_modules(), *(str(Path(name).resolve()) for name in files)])
+    _refuse_doubles(described)
+    parts = [part for suite in suites for part in suite.parts]
+    own = [one["name"] for one in described if one["module"] in {str(Path(name).resolve()) for name in files}]
+    chosen = tuple(names) or tuple(own)
+    if chosen:
+        parts.append(Part(candidates=chosen, targets=DEFAULT_TARGETS))
+    parts = [
+        dataclasses.replace(part, targets=tuple(targets or part.targets), layout=layout or part.layout) for part in parts
+    ]
+    timed = tuple(name for suite in suites for name in suite.measure)
+    requests = plan(Suite(name=out.name, about="", parts=tuple(parts), measure=timed), described, measure=measure)
+    run(requests, out, limits, progress)
+    asked = {request.id for request in requests}
+    return [record for record in read_records(out) if record.id in asked]
+
+
+def _refuse_doubles(described: Sequence[Mapping[str, Any]]) -> None:
+    seen: dict[str, str] = {}
+    for one in described:
+        if one["name"] in seen:
+            raise CandidateError(
+                f"{one['module']} and {seen[one['name']]} both name a candidate {one['name']!r}. Rename yours."
+            )
+        seen[one["name"]] = one["module"]
+
+
+def check_writable(out: Path) -> None:
+    """Raises StorageError now rather than after the first compile."""
+    with cache.storage_errors(out):
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
 
 
 def describe(sources: Sequence[str]) -> list[dict[str, Any]]:
@@ -112,11 +181,11 @@ def run(requests: Sequence[Request], out: Path, limits: Limits, progress: Progre
     Raises:
       StorageError: if a record cannot be written; what was written before stays.
     """
-    known = {record.id for record in read_records(out)}
+    known = {record.id for record in read_records(out) if not record.is_lost}
     missing = [request for request in requests if request.id not in known]
-    append_nothing = len(requests) - len(missing)
+    already = len(requests) - len(missing)
     if not missing:
-        return 0, append_nothing
+        return 0, already
     peaks = _cpu_peaks(missing)
     jobs = {job.name: (job, request) for job, request in _jobs(missing, peaks, limits)}
     done = 0
@@ -125,7 +194,7 @@ def run(requests: Sequence[Request], out: Path, limits: Limits, progress: Progre
         append_record(out, _record(request, result))
         done += 1
         progress(job.name, done, len(missing))
-    return done, append_nothing
+    return done, already
 
 
 def _run(jobs: Iterable[tuple[Job, Request]], limits: Limits) -> Iterator[tuple[Job, Any]]:

@@ -1,7 +1,7 @@
 """Optimised HLO as a graph of immutable values: it is read here, and priced elsewhere.
 
-`read_module` turns the bytes of a compiled module into a `Module`; `trip_count` says how often a loop runs.
-Needs no JAX: bytes in, values out.
+`read_module` turns the bytes of a compiled module into a `Module`; `trip_count` says how often a
+loop runs. Needs no JAX: bytes in, values out.
 """
 
 from jaxbench.hlo.loops import trip_count

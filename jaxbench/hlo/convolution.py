@@ -1,4 +1,4 @@
-"""How many multiplications a convolution truly does: taps on padding and in dilation holes are none."""
+"""How many multiplications a convolution truly does: taps on padding and in holes are none."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,10 +11,11 @@ from jaxbench.hlo.shape import Shape
 
 @lru_cache(maxsize=65536)
 def count_taps(dim: WindowDim, base: int, out: int) -> int:
-    """Counts the pairs (output position o, tap k) of one dimension that meet an element of the base.
+    """Counts the pairs (output position o, tap k) of one dimension that meet the base.
 
-    o * stride + k * window_dilation - padding_low = p, valid if 0 <= p <= (base - 1) * base_dilation and p is a
-    multiple of base_dilation. For each tap the valid o form an arithmetic progression, counted in closed form.
+    o * stride + k * window_dilation - padding_low = p, valid if 0 <= p <= (base - 1) *
+    base_dilation and p is a multiple of base_dilation. For each tap the valid o form an arithmetic
+    progression, counted in closed form.
     """
     last = (base - 1) * dim.base_dilation
     return sum(
@@ -39,10 +40,11 @@ def _count_positions(dim: WindowDim, shift: int, last: int, out: int) -> int:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConvolutionSizes:
-    """A convolution as what the mathematics sees, whatever the roles of its operands in the program.
+    """A convolution as the mathematics sees it, whatever the roles of its operands.
 
-    FLOPs = 2 * batch * taps * in_features * out_features, where `in_features` is what one output feature sums over
-    (features per group) and `taps` is the product over the spatial dimensions of `count_taps`.
+    FLOPs = 2 * batch * taps * in_features * out_features, where `in_features` is what one output
+    feature sums over (features per group) and `taps` is the product over the spatial dimensions of
+    `count_taps`.
     """
 
     batch: int
@@ -59,8 +61,8 @@ class ConvolutionSizes:
     def padded_flops(self, mxu: int) -> int:
         """FLOPs with the rows filled up to 8 sublanes and features to the `mxu` x `mxu` array.
 
-        Groups narrower than the array lie on its diagonal, as many as fit: a depthwise convolution then
-        does `mxu` times its FLOPs. With `mxu=1` nothing is padded.
+        Groups narrower than the array lie on its diagonal, as many as fit: a depthwise convolution
+        then does `mxu` times its FLOPs. With `mxu=1` nothing is padded.
         """
         if mxu == 1:
             return self.flops
@@ -79,7 +81,7 @@ def round_up(value: int, step: int) -> int:
 
 
 def convolution_sizes(op: Op) -> ConvolutionSizes:
-    """Sizes of a `convolution`, or of a custom call that carries a convolution's window and dimensions."""
+    """Sizes of a `convolution`, or of a custom call that carries its window and dimensions."""
     target = op.custom_call_target
     result = op.shape.elements[0] if op.shape.is_tuple else op.shape
     first, second = op.operands[0].shape, op.operands[1].shape

@@ -11,9 +11,9 @@ import numpy as np
 class ReplicaGroups:
     """`num_groups` groups of `group_size` devices each.
 
-    `listed` holds the groups where the program lists them. Else they are the rows of iota(dims) transposed by `perm`,
-    with the numbers looked up in `device_ids` if there are any. `axes` names the mesh axes that span a group, with
-    the sizes of their part in it, where the program says so.
+    `listed` holds the groups where the program lists them. Else they are the rows of iota(dims)
+    transposed by `perm`, with the numbers looked up in `device_ids` if there are any. `axes` names
+    the mesh axes that span a group, with the sizes of their part in it, where the program says so.
     """
 
     num_groups: int

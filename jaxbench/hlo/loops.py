@@ -1,8 +1,8 @@
 """How often a `while` runs: what the backend wrote beside it, or what its condition and body say.
 
-XLA:CPU and XLA:GPU write `known_trip_count`. XLA:TPU does not, moves constants into and out of the loop state, and
-fuses the counter's arithmetic. So the counter is followed as `scale * state[index] + offset` through copies, tuples,
-fusions, calls and enclosing or earlier loops.
+XLA:CPU and XLA:GPU write `known_trip_count`. XLA:TPU does not, moves constants into and out of the
+loop state, and fuses the counter's arithmetic. So the counter is followed as `scale * state[index]
++ offset` through copies, tuples, fusions, calls and enclosing or earlier loops.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,15 @@ from functools import lru_cache
 from jaxbench.hlo.module import Computation, Module, Op
 
 _TRANSPARENT = frozenset(
-    "copy bitcast convert reshape copy-done optimization-barrier bitcast-convert".split()
+    [
+        "copy",
+        "bitcast",
+        "convert",
+        "reshape",
+        "copy-done",
+        "optimization-barrier",
+        "bitcast-convert",
+    ]
 )
 _FLIPPED = {"LT": "GT", "LE": "GE", "GT": "LT", "GE": "LE", "NE": "NE", "EQ": "EQ"}
 _MAX_DEPTH = 200
@@ -21,7 +29,7 @@ Path = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Affine:
-    """scale * state[index] + offset, where `index` is a place in the loop's state, None if there is none."""
+    """scale * state[index] + offset; `index` is a place in the loop's state, or None."""
 
     index: Path | None
     scale: int
@@ -130,7 +138,9 @@ def _after_loop(op: Op, path: Path, frame: _Frame) -> _Affine | None:
     if step == 0 or before is None:
         return before
     trips = _count(op, frame)
-    return None if trips is None else _Affine(before.index, before.scale, before.offset + step * trips)
+    return (
+        None if trips is None else _Affine(before.index, before.scale, before.offset + step * trips)
+    )
 
 
 def _known_trip_count(op: Op) -> int | None:
@@ -150,10 +160,10 @@ def _count(op: Op, frame: _Frame) -> int | None:
     if compare is None or len(compare.operands) != 2:
         return None
     sides = [_resolve(op, inner.value(operand), frame) for operand in compare.operands]
-    if sides[0] is None or sides[1] is None:
+    left, right = sides
+    if left is None or right is None:
         return None
-    (start, step), (other_start, other_step) = sides
-    return solve_trips(start - other_start, step - other_step, compare.direction)
+    return solve_trips(left[0] - right[0], left[1] - right[1], compare.direction)
 
 
 def _resolve(op: Op, value: _Affine | None, frame: _Frame) -> tuple[int, int] | None:
@@ -181,8 +191,8 @@ def _find_compare(op: Op, frame: _Frame) -> tuple[Op | None, _Frame]:
 def solve_trips(start: int, step: int, direction: str) -> int | None:
     """Counts the trips of a loop that goes on while `start + k * step` compares so with zero.
 
-    For LT: ceil(-start / step) if start < 0 < step, 0 if start >= 0; the others by symmetry. None where the loop does
-    not end, or would end only when the counter overflows.
+    For LT: ceil(-start / step) if start < 0 < step, 0 if start >= 0; the others by symmetry. None
+    where the loop does not end, or would end only when the counter overflows.
     """
     if direction in ("GT", "GE"):
         return solve_trips(-start, -step, _FLIPPED[direction])
@@ -216,7 +226,7 @@ def _homes(module: Module) -> dict[Op, Computation]:
 
 
 def _outer_frame(home: Computation, module: Module, depth: int = 0) -> _Frame:
-    """The frame of a computation as its only caller sees it; parameters of the entry have no value."""
+    """A computation as its only caller sees it; the entry's parameters have no value."""
     callers = _callers(module).get(home, [])
     if len(callers) != 1 or depth > _MAX_DEPTH:
         return _Frame(lambda _, __: None, depth)

@@ -1,4 +1,4 @@
-"""An optimised HLO module as immutable values: computations, ops in schedule order, operands resolved."""
+"""An optimised HLO module as immutable values: ops in schedule order, operands resolved."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -14,8 +14,23 @@ MAX_LITERAL = 16  # constants with more elements are not decoded
 UNKNOWN_CYCLES = 2**63 - 1  # what XLA:TPU writes where it has no estimate
 # Parts of an op's name that JAX's own machinery adds; what is left are the scopes of the user.
 _WRAPPERS = frozenset(
-    "eval_jaxpr closed_call core_call while body cond scan checkpoint remat rematted_computation "
-    "pjit custom_jvp_call custom_vjp_call custom_vjp_call_jaxpr shard_map".split()
+    [
+        "eval_jaxpr",
+        "closed_call",
+        "core_call",
+        "while",
+        "body",
+        "cond",
+        "scan",
+        "checkpoint",
+        "remat",
+        "rematted_computation",
+        "pjit",
+        "custom_jvp_call",
+        "custom_vjp_call",
+        "custom_vjp_call_jaxpr",
+        "shard_map",
+    ]
 )
 
 
@@ -60,8 +75,8 @@ class DotDims:
 class Op:
     """One HLO instruction. Two ops are equal only if they are the same one.
 
-    The fields from `parameter_number` on are set only for the opcodes that have them. `aliases` are (index in the
-    result, operand, index in the operand) of buffers that the op hands on.
+    The fields from `parameter_number` on are set only for the opcodes that have them. `aliases` are
+    (index in the result, operand, index in the operand) of buffers that the op hands on.
     """
 
     name: str
@@ -163,7 +178,8 @@ class Computation:
 class Module:
     """One compiled program for one device of the mesh.
 
-    `aliases` are (index in the result, parameter number, index in the parameter) of donated buffers.
+    `aliases` are (index in the result, parameter number, index in the parameter) of donated
+    buffers.
     """
 
     name: str
@@ -208,7 +224,8 @@ def read_module(data: bytes) -> Module:
       data: Result of `as_serialized_hlo_module_proto()` of a compiled module.
 
     Raises:
-      HloReadError: if the bytes are no HLO module, or an op names an operand or a computation that is not there.
+      HloReadError: if the bytes are no HLO module, or an op names an operand or a computation that
+      is not there.
     """
     proto = decode("Module", data)
     if not proto.computations:
@@ -363,8 +380,19 @@ _DETAILS: dict[str, Callable[[Any], dict[str, Any]]] = {
         _window_details,
     ),
     **dict.fromkeys(
-        "all-gather all-reduce all-to-all ragged-all-to-all reduce-scatter collective-permute "
-        "collective-broadcast send recv send-done recv-done".split(),
+        [
+            "all-gather",
+            "all-reduce",
+            "all-to-all",
+            "ragged-all-to-all",
+            "reduce-scatter",
+            "collective-permute",
+            "collective-broadcast",
+            "send",
+            "recv",
+            "send-done",
+            "recv-done",
+        ],
         _collective_details,
     ),
 }

@@ -1,11 +1,13 @@
 """The few fields of XLA's HLO protos that we read, as a schema of our own.
 
-A proto on the wire is field numbers and values; names and packages are not in it, and fields that the schema does not
-know are skipped. So the table below is enough, works across XLA versions, and cannot clash with another package's
-copy of XLA's protos. Fields of type `raw` hold a message that is decoded only where it is needed.
+A proto on the wire is field numbers and values; names and packages are not in it, and fields that
+the schema does not know are skipped. So the table below is enough, works across XLA versions, and
+cannot clash with another package's copy of XLA's protos. Fields of type `raw` hold a message that
+is decoded only where it is needed.
 
-Source of the field numbers: openxla/xla, `xla/service/hlo.proto` and `xla/xla_data.proto`. Fields 92 and 93 of an
-instruction (iota and mesh-axes replica groups) are newer than most published copies.
+Source of the field numbers: openxla/xla, `xla/service/hlo.proto` and `xla/xla_data.proto`. Fields
+92 and 93 of an instruction (iota and mesh-axes replica groups) are newer than most published
+copies.
 """
 
 from typing import Any
@@ -92,7 +94,7 @@ def _build_classes() -> dict[str, Any]:
         name, fields = line.split(":", 1)
         file.message_type.add(name=name).field.extend(_field_proto(f) for f in fields.split())
     pool = descriptor_pool.DescriptorPool()
-    pool.Add(file)
+    pool.AddSerializedFile(file.SerializeToString())
     names = [message_type.name for message_type in file.message_type]
     find = pool.FindMessageTypeByName
     return {n: message_factory.GetMessageClass(find(f"{PACKAGE}.{n}")) for n in names}

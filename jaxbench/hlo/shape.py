@@ -1,4 +1,4 @@
-"""Shapes with their layout: element type, dimensions, tiles and memory space, and what they weigh."""
+"""Shapes with their layout: element type, dimensions, tiles, memory space, and their bytes."""
 
 from dataclasses import dataclass
 from math import prod
@@ -23,8 +23,9 @@ _COMBINE = -(2**63)  # in a tile: this dimension is merged with the next minor o
 class Shape:
     """One array, or a tuple of shapes.
 
-    `bytes` is the dense size. `padded_bytes` is the size with each tile filled up, as it lies in memory: with tiles
-    T(8,128)(2,1) the two most minor physical dimensions are rounded up to 8 and 128. Both add up over a tuple.
+    `bytes` is the dense size. `padded_bytes` is the size with each tile filled up, as it lies in
+    memory: with tiles T(8,128)(2,1) the two most minor physical dimensions are rounded up to 8 and
+    128. Both add up over a tuple.
 
     Source: https://openxla.org/xla/tiled_layout
     """
@@ -52,7 +53,7 @@ class Shape:
 
 
 def tiled_size(physical: tuple[int, ...], tiles: tuple[tuple[int, ...], ...]) -> int:
-    """Number of elements of an array whose dimensions, major to minor, are `physical`, tiles filled up."""
+    """Elements of an array with its tiles filled up; `physical` dimensions are major to minor."""
     dims = list(physical)
     for tile in tiles:
         dims = _apply_tile(dims, tile)

@@ -1,4 +1,4 @@
-"""What one scheduled op reads from and writes to HBM: every buffer once, slices only where they are touched."""
+"""What one scheduled op reads from and writes to HBM: each buffer once, slices where touched."""
 
 from collections.abc import Iterable
 
@@ -7,9 +7,10 @@ from jaxbench.hlo.shape import Shape
 
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # opcode: operand that holds the update
-# Inside a fusion these are worked out element by element, so a slice after them touches only its part.
+# Inside a fusion these are worked out element by element, so a slice after them touches only its
+# part.
 _ELEMENT_MAPS = frozenset(
-    "bitcast copy convert reshape transpose bitcast-convert reduce-precision".split()
+    ["bitcast", "copy", "convert", "reshape", "transpose", "bitcast-convert", "reduce-precision"]
 )
 _RENAMES = frozenset(("bitcast", "reshape"))  # inside a fusion: the same buffer
 
@@ -17,8 +18,9 @@ _RENAMES = frozenset(("bitcast", "reshape"))  # inside a fusion: the same buffer
 def in_hbm(shape: Shape) -> bool:
     """Whether an array lies in the main memory.
 
-    Only TPU layouts have tiles, and only there does another memory space than 0 mean on-chip (VMEM 1, SMEM 6) or host
-    memory (5). XLA:GPU marks buffers of collectives with space 1 although they lie in HBM.
+    Only TPU layouts have tiles, and only there does another memory space than 0 mean on-chip (VMEM
+    1, SMEM 6) or host memory (5). XLA:GPU marks buffers of collectives with space 1 although they
+    lie in HBM.
     """
     return shape.memory_space == 0 or not shape.tiles
 
@@ -31,16 +33,19 @@ def hbm_size(shape: Shape) -> int:
 def hbm_bytes(op: Op) -> int:
     """Bytes that one execution of a scheduled op moves between HBM and the cores.
 
-    A fusion reads each operand once and writes each output once; nothing in between touches HBM. An operand that is
-    only sliced counts with its slices; a buffer that is updated in place counts with the update, which is written, and
-    is not read. Buffers in on-chip memory count nothing. Assumes that what is read twice comes from a cache.
+    A fusion reads each operand once and writes each output once; nothing in between touches HBM. An
+    operand that is only sliced counts with its slices; a buffer that is updated in place counts
+    with the update, which is written, and is not read. Buffers in on-chip memory count nothing.
+    Assumes that what is read twice comes from a cache.
     """
     if op.opcode == "fusion":
         return _fusion_bytes(op)
     if op.opcode in ("copy-start", "collective-permute-start", "send", "recv"):
         return _start_bytes(op)
     if op.opcode in _SLICES:
-        return _part(op.operands[0].shape, op.shape.size) + _sum(op.operands[1:]) + hbm_size(op.shape)
+        return (
+            _part(op.operands[0].shape, op.shape.size) + _sum(op.operands[1:]) + hbm_size(op.shape)
+        )
     if op.opcode in _UPDATES:
         return _update_bytes(op)
     return _sum(op.operands) + hbm_size(op.shape)
@@ -95,7 +100,8 @@ def _output_ops(root: Op) -> tuple[Op, ...]:
 class _Reader:
     """Follows buffers through a fused computation and the fusions nested in it.
 
-    `outer` is the chain of (fusion, computation that it stands in) around the computation at hand, innermost last.
+    `outer` is the chain of (fusion, computation that it stands in) around the computation at hand,
+    innermost last.
     """
 
     def __init__(self) -> None:
@@ -166,7 +172,7 @@ class _Reader:
         return op.shape.size
 
     def _is_buffer(self, op: Op, outer: tuple[Op, ...]) -> bool:
-        """Whether `op` is an operand of the outermost fusion, maybe under another name or layout."""
+        """Whether `op` is an operand of the outermost fusion, maybe under another name."""
         if op.opcode == "parameter":
             return not outer or self._is_buffer(outer[-1].operands[op.parameter_number], outer[:-1])
         retiled = op.opcode == "copy" and bool(op.shape.tiles)  # XLA:TPU changes only the tiles

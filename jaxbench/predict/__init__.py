@@ -13,15 +13,14 @@ from dataclasses import dataclass
 
 from jaxbench.cost import Cost, OpCost
 from jaxbench.network import collective_s
+from jaxbench.signals import SIGNAL_ERROR
 from jaxbench.target import Chip, Target, chip_table
+
+# HLO's dtype names, narrowest first, as chips.toml names them.
+_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 
 PREDICTOR = "sum-1"
 STATUS = "not yet validated"
-
-# How wrong each signal is known to be, as a factor: a comparison counts only beyond it.
-# compiler: of four published steps (22B decoder on v4 +0.2 %, ResNet-50 on v3 +3 %, EfficientNet-B0 on v3
-#   -17 %, 32B decoder on v5e +17 %) the worst. hlo: assumed, until it is compared with published steps.
-SIGNAL_ERROR: Mapping[str, float] = {"compiler": 1.17, "hlo": 1.25, "measured": 1.05}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -147,13 +146,22 @@ def predict_step(
 
 def _roofline(op: OpCost, peaks: Peaks, target: Target) -> tuple[float, str]:
     """Returns (seconds over all its executions, what bounds them)."""
-    compute = sum(flops / _product_peak(peaks, dtype, target) for dtype, flops in op.padded_by_dtype)
-    vector = (op.hlo_flops - op.matmul_flops) / peaks.vector_flops
+    elementwise = sum(flops for _, flops in op.flops) - op.matmul_flops
+    products = op.padded_flops - elementwise
+    compute = products / _product_peak(peaks, _product_dtype(op), target) if op.matmul_flops else 0.0
+    vector = elementwise / peaks.vector_flops
     memory = op.hbm_bytes / peaks.hbm_bytes_per_s
     launch = peaks.launch_s * op.count
     terms = {"compute": compute, "memory": max(memory, vector), "launch": launch}
     bound = max(terms, key=lambda name: terms[name])
     return max(compute, vector, memory) + launch, bound
+
+
+def _product_dtype(op: OpCost) -> str:
+    """The narrowest floating dtype that the op computes in: products are no wider than what is round them."""
+    present = {dtype for dtype, flops in op.flops if flops}
+    known = [name for short, name in _DTYPES.items() if short in present]
+    return known[0] if known else min(present)
 
 
 def _product_peak(peaks: Peaks, dtype: str, target: Target) -> float:

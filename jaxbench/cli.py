@@ -1,0 +1,241 @@
+"""The command line: parses, calls one library function, prints. Imports nothing heavy before it must."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import app
+from absl.flags import argparse_flags
+
+from jaxbench.errors import CandidateError, JaxbenchError, UsageError
+
+_DESCRIPTION = """Which of several equally good networks trains faster, on which hardware, and why.
+
+Candidates are compiled by the real XLA compilers for CPU, TPU and GPU targets that need not be there,
+priced from the compiled program, and, on an attached device, timed."""
+
+_EXAMPLES = """examples:
+  jaxbench run quickstart                           the first table, in about two minutes
+  jaxbench run my_net.py --targets tpu-v6e:4x4      candidates of your own
+  jaxbench compare bev-cpu-gather bev-cpu-product   head to head on the default targets
+  jaxbench flips out/quickstart                     choices whose winner changes with the target"""
+
+
+def main() -> None:
+    """Runs the command line; exit code 0 done, 1 something failed, 2 wrong usage."""
+    app.run(_command, flags_parser=_parse)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse_flags.ArgumentParser(
+        prog="jaxbench",
+        description=_DESCRIPTION,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_list(commands)
+    _add_run(commands)
+    _add_compare(commands)
+    _add_flips(commands)
+    _add_report(commands)
+    return parser.parse_args(argv[1:])
+
+
+def _add(commands: Any, name: str, about: str, function: Callable[[argparse.Namespace], int]) -> Any:
+    parser = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
+    parser.set_defaults(function=function)
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    return parser
+
+
+def _add_list(commands: Any) -> None:
+    parser = _add(commands, "list", "what there is: candidates, targets, suites", _list)
+    parser.add_argument("what", nargs="?", choices=("candidates", "targets", "suites"), help="all three if left out")
+
+
+def _add_run(commands: Any) -> None:
+    parser = _add(commands, "run", "compile, price and, if asked, time candidates; only what is missing is done", _run)
+    parser.add_argument("what", nargs="+", metavar="SUITE_OR_FILE", help="a suite, a Python file, or a candidate")
+    _add_work(parser)
+    parser.add_argument("--measure", action="store_true", help="also time steps on the targets attached here (cpu)")
+
+
+def _add_work(parser: Any) -> None:
+    parser.add_argument("--targets", metavar="T,T", help="such as tpu-v5e:4x4,gpu-h100:8,cpu")
+    parser.add_argument("--layout", help="fsdp, data, or sizes such as data=2,fsdp=8")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of records.jsonl (default out/NAME)")
+    parser.add_argument("--jobs", type=_positive, default=2, metavar="N", help="compilers side by side (default 2)")
+    parser.add_argument("--limit-s", type=_positive, default=1800, metavar="S", help="wall limit of one compile")
+    parser.add_argument("--limit-gib", type=_positive, default=12, metavar="G", help="memory limit of one compile")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def _add_compare(commands: Any) -> None:
+    parser = _add(commands, "compare", "two candidates head to head, by every signal, with a verdict", _compare)
+    parser.add_argument("first", metavar="A")
+    parser.add_argument("second", metavar="B")
+    parser.add_argument("--from", dest="files", nargs="+", default=[], metavar="FILE", help="files that hold A or B")
+    _add_work(parser)
+    parser.add_argument("--measure", action="store_true", help="also time both on the targets attached here (cpu)")
+
+
+def _add_flips(commands: Any) -> None:
+    parser = _add(commands, "flips", "choices whose winner changes with the target, and what they cost", _flips)
+    parser.add_argument("dir", type=Path, metavar="DIR")
+
+
+def _add_report(commands: Any) -> None:
+    parser = _add(commands, "report", "one page of everything that a folder of records says", _report)
+    parser.add_argument("dir", type=Path, metavar="DIR")
+    parser.add_argument("--markdown", type=Path, required=True, metavar="FILE")
+
+
+def _command(arguments: argparse.Namespace) -> int:
+    try:
+        return arguments.function(arguments)
+    except (UsageError, CandidateError) as error:
+        print(f"jaxbench: {error}", file=sys.stderr)
+        return 2
+    except JaxbenchError as error:
+        print(f"jaxbench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("jaxbench: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        return 1
+
+
+def _list(arguments: argparse.Namespace) -> int:
+    from jaxbench.listing import list_everything
+
+    _show(arguments, list_everything(arguments.what))
+    return 0
+
+
+def _show(arguments: argparse.Namespace, tables: dict[str, Any]) -> None:
+    """Prints tables, or the values behind them."""
+    if arguments.json:
+        print(json.dumps(tables["values"], default=_to_json))
+        return
+    from jaxbench.report.terminal import print_tables
+
+    print_tables(tables["tables"])
+
+
+def _to_json(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    raise TypeError(f"{type(value).__name__} is not JSON-ready")
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from jaxbench.compare import compare_rivals
+    from jaxbench.report.tables import run_tables
+
+    records = _evaluate(arguments, arguments.what, "-".join(Path(what).stem for what in arguments.what))
+    comparisons = compare_rivals(records)
+    values = {"records": [record.to_json() for record in records], "comparisons": comparisons}
+    _show(arguments, {"values": values, "tables": run_tables(records)})
+    return _report_failures(records)
+
+
+def _evaluate(arguments: argparse.Namespace, what: Sequence[str], name: str) -> list[Any]:
+    from jaxbench.report.terminal import progress_line
+    from jaxbench.run import Limits, run_named
+
+    limits = Limits(
+        num_workers=arguments.jobs, limit_s=arguments.limit_s, limit_bytes=arguments.limit_gib * 2**30
+    )
+    with progress_line() as progress:
+        return run_named(
+            what,
+            out=arguments.out or Path("out") / name,
+            targets=arguments.targets.split(",") if arguments.targets else None,
+            layout=arguments.layout,
+            measure=arguments.measure,
+            limits=limits,
+            progress=progress,
+        )
+
+
+def _report_failures(records: Sequence[Any]) -> int:
+    """A network that does not fit is a finding; anything else that failed is said in one line."""
+    failed = [record for record in records if record.failure and record.failure["stage"] != "fit"]
+    if not failed:
+        return 0
+    first = failed[0]
+    print(
+        f"jaxbench: {len(failed)} of {len(records)} failed, the first: {first.candidate} on {first.target}: "
+        f"{first.failure['stage']}: {first.failure['error']}: {first.failure['text']}",
+        file=sys.stderr,
+    )
+    return 1
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from jaxbench.compare import compare_pair
+    from jaxbench.report.tables import signal_table, speed_table
+
+    what = [*arguments.files, arguments.first, arguments.second]
+    records = _evaluate(arguments, what, f"{arguments.first}-{arguments.second}")
+    comparisons = compare_pair(records, arguments.first, arguments.second)
+    tables = [speed_table(records), signal_table(comparisons)]
+    _show(arguments, {"values": {"comparisons": comparisons}, "tables": tables})
+    return _report_failures(records)
+
+
+def _flips(arguments: argparse.Namespace) -> int:
+    from jaxbench.compare import compare_rivals, find_flips, find_hints, regrets, signal_agreement
+    from jaxbench.report.tables import flips_tables
+
+    records = _read(arguments.dir)
+    comparisons = compare_rivals(records)
+    agreement = {" and ".join(pair): counts for pair, counts in signal_agreement(comparisons).items()}
+    values = {
+        "flips": find_flips(comparisons),
+        "leaning": find_hints(comparisons),
+        "inconclusive": sum(comparison.verdict == "inconclusive" for comparison in comparisons),
+        "comparisons": comparisons,
+        "agreement": agreement,
+        "regrets": regrets(records),
+    }
+    _show(arguments, {"values": values, "tables": flips_tables(records)})
+    return 0
+
+
+def _read(folder: Path) -> list[Any]:
+    from jaxbench.record import FILE_NAME, read_records
+
+    records = read_records(folder)
+    if not records:
+        raise UsageError(f"{folder} holds no {FILE_NAME} with records. `jaxbench run SUITE --out {folder}` makes one.")
+    return records
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from jaxbench.cache import storage_errors
+    from jaxbench.report.markdown import render_page
+
+    records = _read(arguments.dir)
+    with storage_errors(arguments.markdown):
+        arguments.markdown.write_text(render_page(arguments.dir.name, "", records), encoding="utf-8")
+    if arguments.json:
+        print(json.dumps({"markdown": str(arguments.markdown), "records": len(records)}))
+    return 0
+
+
+if __name__ == "__main__":
+    main()

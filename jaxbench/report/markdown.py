@@ -1,0 +1,44 @@
+"""The same tables as a Markdown page."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxbench.compare import compare_rivals
+from jaxbench.record import Record
+from jaxbench.report.tables import (
+    Table,
+    agreement_table,
+    flip_table,
+    overhead_table,
+    regret_table,
+    signal_table,
+    speed_table,
+)
+
+
+def render_page(title: str, about: str, records: Sequence[Record]) -> str:
+    """Returns a page with every table of a folder of records."""
+    comparisons = compare_rivals(records)
+    versions = {f"{name} {version}" for record in records for name, version in record.versions.items()}
+    tables = [
+        speed_table(records),
+        flip_table(comparisons),
+        agreement_table(comparisons),
+        regret_table(records),
+        signal_table(comparisons),
+        overhead_table(records),
+    ]
+    head = f"# {title}\n\n{about}\n\n{len(records)} records. Made with {', '.join(sorted(versions))}.\n"
+    return head + "".join(_render(table) for table in tables)
+
+
+def _render(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in cells) + " |\n"
+
+    body = "".join(map(line, table.rows)) if table.rows else ""
+    rule = line(["---"] * len(table.header))
+    text = line(table.header) + rule + body if table.rows else "None.\n"
+    notes = "".join(f"\n{note}\n" for note in table.notes)
+    return f"\n## {table.title}\n\n{text}{notes}"
