@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import re
@@ -271,17 +270,24 @@ def check_fit(compiled: Compiled, target: Target) -> None:
         raise DoesNotFitError(compiled.memory.peak_bytes, int(available))
 
 
+# How XLA:TPU says that a program does not fit: libtpu 0.0.50, then 0.0.42.
+_REFUSALS = (
+    r"HLO temporaries \((?P<needed>[\d.]+[KMGT]?)\) exceeds available HBM \((?P<there>[\d.]+[KMGT]?)\)",
+    r"Used (?P<needed>[\d.]+[KMGT]?) of (?P<there>[\d.]+[KMGT]?) hbm",
+)
+
+
 def _memory_refusal(text: str) -> tuple[int, int] | None:
-    """Reads `Used 25.42G of 15.75G hbm` out of XLA:TPU's refusal."""
-    match = re.search(r"Used (\d+(?:\.\d+)?)([KMGT]?) of (\d+(?:\.\d+)?)([KMGT]?) hbm", text)
-    if not match:
-        return None
-    scale = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4}
-    used, used_unit, limit, limit_unit = match.groups()
-    return tuple(  # type: ignore[return-value]
-        math.floor(float(number) * 1024 ** scale[unit])
-        for number, unit in ((used, used_unit), (limit, limit_unit))
-    )
+    """Reads (bytes needed, bytes available) out of the compiler's refusal, None if it is about something else."""
+    for pattern in _REFUSALS:
+        if match := re.search(pattern, text):
+            return _parse_bytes(match["needed"]), _parse_bytes(match["there"])
+    return None
+
+
+def _parse_bytes(text: str) -> int:
+    unit = text[-1] if text[-1] in "KMGT" else ""
+    return round(float(text.removesuffix(unit)) * 1024 ** " KMGT".index(unit or " "))
 
 
 def apply_environment() -> None:

@@ -173,7 +173,7 @@ def _resolved(layout: Any, target: Target) -> str:
 
 
 def run(requests: Sequence[Request], out: Path, limits: Limits, progress: Progress) -> tuple[int, int]:
-    """Makes the records that are missing in `out`, most expensive compilers first.
+    """Makes the records that are missing in `out`, target by target.
 
     Returns:
       (records made now, records that were there).
@@ -202,8 +202,8 @@ def _run(jobs: Iterable[tuple[Job, Request]], limits: Limits) -> Iterator[tuple[
 
 
 def _jobs(requests: Sequence[Request], peaks: Any, limits: Limits) -> Iterator[tuple[Job, Request]]:
-    order = {"tpu": 0, "gpu": 1, "cpu": 2}
-    for request in sorted(requests, key=lambda request: order[request.target.kind]):
+    order = list(dict.fromkeys(request.target.name for request in requests))
+    for request in sorted(requests, key=lambda request: order.index(request.target.name)):
         name = f"{request.described['name']} on {request.target.name}" + (", timed" if request.measured else "")
         arguments = {
             "described": dict(request.described),
