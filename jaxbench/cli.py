@@ -49,32 +49,57 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return parser.parse_args(argv[1:])
 
 
-def _add(commands: Any, name: str, about: str, function: Callable[[argparse.Namespace], int]) -> Any:
-    parser = commands.add_parser(name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False)
+def _add(
+    commands: Any, name: str, about: str, function: Callable[[argparse.Namespace], int]
+) -> Any:
+    parser = commands.add_parser(
+        name, help=about, description=f"{about[0].upper()}{about[1:]}.", allow_abbrev=False
+    )
     parser.set_defaults(function=function)
-    parser.add_argument("--json", action="store_true", help="print one JSON document instead of tables")
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON document instead of tables"
+    )
     return parser
 
 
 def _add_list(commands: Any) -> None:
     parser = _add(commands, "list", "what there is: candidates, targets, suites", _list)
-    parser.add_argument("what", nargs="?", choices=("candidates", "targets", "suites"), help="all three if left out")
+    parser.add_argument(
+        "what", nargs="?", choices=("candidates", "targets", "suites"), help="all three if left out"
+    )
 
 
 def _add_run(commands: Any) -> None:
-    parser = _add(commands, "run", "compile, price and, if asked, time candidates; only what is missing is done", _run)
-    parser.add_argument("what", nargs="+", metavar="SUITE_OR_FILE", help="a suite, a Python file, or a candidate")
+    parser = _add(
+        commands,
+        "run",
+        "compile, price and, if asked, time candidates; only what is missing is done",
+        _run,
+    )
+    parser.add_argument(
+        "what", nargs="+", metavar="SUITE_OR_FILE", help="a suite, a Python file, or a candidate"
+    )
     _add_work(parser)
-    parser.add_argument("--measure", action="store_true", help="also time steps on the targets attached here (cpu)")
+    parser.add_argument(
+        "--measure", action="store_true", help="also time steps on the targets attached here (cpu)"
+    )
 
 
 def _add_work(parser: Any) -> None:
     parser.add_argument("--targets", metavar="T,T", help="such as tpu-v5e:4x4,gpu-h100:8,cpu")
     parser.add_argument("--layout", help="fsdp, data, or sizes such as data=2,fsdp=8")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of records.jsonl (default out/NAME)")
-    parser.add_argument("--jobs", type=_positive, default=2, metavar="N", help="compilers side by side (default 2)")
-    parser.add_argument("--limit-s", type=_positive, default=1800, metavar="S", help="wall limit of one compile")
-    parser.add_argument("--limit-gib", type=_positive, default=12, metavar="G", help="memory limit of one compile")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of records.jsonl (default out/NAME)"
+    )
+    parser.add_argument(
+        "--jobs", type=_positive, default=2, metavar="N", help="compilers side by side (default 2)"
+    )
+    parser.add_argument(
+        "--limit-s", type=_positive, default=1800, metavar="S", help="wall limit of one compile"
+    )
+    parser.add_argument(
+        "--limit-gib", type=_positive, default=12, metavar="G", help="memory limit of one compile"
+    )
 
 
 def _positive(text: str) -> int:
@@ -85,21 +110,37 @@ def _positive(text: str) -> int:
 
 
 def _add_compare(commands: Any) -> None:
-    parser = _add(commands, "compare", "two candidates head to head, by every signal, with a verdict", _compare)
+    parser = _add(
+        commands,
+        "compare",
+        "two candidates head to head, by every signal, with a verdict",
+        _compare,
+    )
     parser.add_argument("first", metavar="A")
     parser.add_argument("second", metavar="B")
-    parser.add_argument("--from", dest="files", nargs="+", default=[], metavar="FILE", help="files that hold A or B")
+    parser.add_argument(
+        "--from", dest="files", nargs="+", default=[], metavar="FILE", help="files that hold A or B"
+    )
     _add_work(parser)
-    parser.add_argument("--measure", action="store_true", help="also time both on the targets attached here (cpu)")
+    parser.add_argument(
+        "--measure", action="store_true", help="also time both on the targets attached here (cpu)"
+    )
 
 
 def _add_flips(commands: Any) -> None:
-    parser = _add(commands, "flips", "choices whose winner changes with the target, and what they cost", _flips)
+    parser = _add(
+        commands,
+        "flips",
+        "choices whose winner changes with the target, and what they cost",
+        _flips,
+    )
     parser.add_argument("dir", type=Path, metavar="DIR")
 
 
 def _add_report(commands: Any) -> None:
-    parser = _add(commands, "report", "one page of everything that a folder of records says", _report)
+    parser = _add(
+        commands, "report", "one page of everything that a folder of records says", _report
+    )
     parser.add_argument("dir", type=Path, metavar="DIR")
     parser.add_argument("--markdown", type=Path, required=True, metavar="FILE")
 
@@ -114,7 +155,10 @@ def _command(arguments: argparse.Namespace) -> int:
         print(f"jaxbench: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("jaxbench: interrupted; what was finished is kept, the same command goes on from there", file=sys.stderr)
+        print(
+            "jaxbench: interrupted; what was finished is kept, the same command goes on from there",
+            file=sys.stderr,
+        )
         return 1
 
 
@@ -145,7 +189,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from jaxbench.compare import compare_rivals
     from jaxbench.report.tables import run_tables
 
-    records = _evaluate(arguments, arguments.what, "-".join(Path(what).stem for what in arguments.what))
+    records = _evaluate(
+        arguments, arguments.what, "-".join(Path(what).stem for what in arguments.what)
+    )
     comparisons = compare_rivals(records)
     values = {"records": [record.to_json() for record in records], "comparisons": comparisons}
     _show(arguments, {"values": values, "tables": run_tables(records)})
@@ -157,7 +203,9 @@ def _evaluate(arguments: argparse.Namespace, what: Sequence[str], name: str) -> 
     from jaxbench.run import Limits, run_named
 
     limits = Limits(
-        num_workers=arguments.jobs, limit_s=arguments.limit_s, limit_bytes=arguments.limit_gib * 2**30
+        num_workers=arguments.jobs,
+        limit_s=arguments.limit_s,
+        limit_bytes=arguments.limit_gib * 2**30,
     )
     with progress_line() as progress:
         return run_named(
@@ -203,7 +251,9 @@ def _flips(arguments: argparse.Namespace) -> int:
 
     records = _read(arguments.dir)
     comparisons = compare_rivals(records)
-    agreement = {" and ".join(pair): counts for pair, counts in signal_agreement(comparisons).items()}
+    agreement = {
+        " and ".join(pair): counts for pair, counts in signal_agreement(comparisons).items()
+    }
     values = {
         "flips": find_flips(comparisons),
         "leaning": find_hints(comparisons),
@@ -221,7 +271,9 @@ def _read(folder: Path) -> list[Any]:
 
     records = read_records(folder)
     if not records:
-        raise UsageError(f"{folder} holds no {FILE_NAME} with records. `jaxbench run SUITE --out {folder}` makes one.")
+        raise UsageError(
+            f"{folder} holds no {FILE_NAME} with records. `jaxbench run SUITE --out {folder}` makes one."
+        )
     return records
 
 
@@ -231,7 +283,9 @@ def _report(arguments: argparse.Namespace) -> int:
 
     records = _read(arguments.dir)
     with storage_errors(arguments.markdown):
-        arguments.markdown.write_text(render_page(arguments.dir.name, "", records), encoding="utf-8")
+        arguments.markdown.write_text(
+            render_page(arguments.dir.name, "", records), encoding="utf-8"
+        )
     if arguments.json:
         print(json.dumps({"markdown": str(arguments.markdown), "records": len(records)}))
     return 0

@@ -59,7 +59,9 @@ class Comparison:
     @property
     def leaning(self) -> int:
         """Sign of the best signal's ratio, however small: measured, else compiler, else hlo; 0 if even."""
-        best = next((r for name in ("measured", "compiler", "hlo") if (r := self.ratio(name))), None)
+        best = next(
+            (r for name in ("measured", "compiler", "hlo") if (r := self.ratio(name))), None
+        )
         return 0 if best is None else (best.ratio > 1) - (best.ratio < 1)
 
 
@@ -119,7 +121,9 @@ def _ratio(first: Record, second: Record, signal: str) -> Ratio | None:
         return None
     ratio = low = high = other / one
     if signal == "measured" and first.measurement and second.measurement:
-        ratio, low, high = median_ratio(second.measurement["samples_s"], first.measurement["samples_s"])
+        ratio, low, high = median_ratio(
+            second.measurement["samples_s"], first.measurement["samples_s"]
+        )
     error = SIGNAL_ERROR.get(signal, math.inf)
     return Ratio(signal=signal, ratio=ratio, low=low / error, high=high * error)
 
@@ -144,11 +148,17 @@ def _verdict(first: Record, second: Record, ratios: Sequence[Ratio]) -> tuple[Ve
     if hlo is None or compiler is None:
         return "inconclusive", "one signal only (hlo); two that agree, or a measurement, are needed"
     if (hlo.ratio > 1) != (compiler.ratio > 1):
-        return "inconclusive", f"signals disagree: hlo {hlo.ratio:.2f}, compiler {compiler.ratio:.2f}"
+        return (
+            "inconclusive",
+            f"signals disagree: hlo {hlo.ratio:.2f}, compiler {compiler.ratio:.2f}",
+        )
     for ratio in (hlo, compiler):
         if not ratio.sign:
             error = SIGNAL_ERROR[ratio.signal]
-            return "inconclusive", f"{ratio.signal} ratio {ratio.ratio:.2f} is within its error of {error:.2f}"
+            return (
+                "inconclusive",
+                f"{ratio.signal} ratio {ratio.ratio:.2f} is within its error of {error:.2f}",
+            )
     return ("faster" if hlo.sign > 0 else "slower"), "hlo and compiler agree beyond their errors"
 
 
@@ -166,7 +176,11 @@ def best_records(records: Iterable[Record]) -> list[Record]:
     best: dict[tuple[str, str, str], Record] = {}
     for record in records:
         key = (record.candidate, record.target, record.layout)
-        if key not in best or (record.measurement and not best[key].measurement) or best[key].failure:
+        if (
+            key not in best
+            or (record.measurement and not best[key].measurement)
+            or best[key].failure
+        ):
             best[key] = record
     return list(best.values())
 
@@ -236,7 +250,9 @@ def signal_agreement(comparisons: Iterable[Comparison]) -> dict[tuple[str, str],
     """Counts, for each two signals, (pairs on targets on which their ratios have one sign, pairs with both)."""
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for comparison in comparisons:
-        for one, other in itertools.combinations([r for r in comparison.ratios if r.signal != "model"], 2):
+        for one, other in itertools.combinations(
+            [r for r in comparison.ratios if r.signal != "model"], 2
+        ):
             agree, total = counts.get((one.signal, other.signal), (0, 0))
             same = (one.ratio > 1) == (other.ratio > 1)
             counts[one.signal, other.signal] = (agree + same, total + 1)
@@ -256,7 +272,9 @@ def regrets(records: Iterable[Record]) -> list[Regret]:
             there = by_target[used_on]
             winner = max(by_target[chosen_on], key=lambda name: by_target[chosen_on][name])
             if winner in there:
-                lost.setdefault((chosen_on, used_on), []).append((max(there.values()) / there[winner] - 1, base))
+                lost.setdefault((chosen_on, used_on), []).append(
+                    (max(there.values()) / there[winner] - 1, base)
+                )
     return [
         Regret(
             chosen_on=chosen_on,

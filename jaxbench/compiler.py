@@ -36,7 +36,11 @@ ENVIRONMENT = {
 _OPTIONS: dict[str, dict[str, str]] = {"gpu": {"xla_gpu_autotune_level": "0"}}
 _PLATFORM = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
-_COMPILER_PACKAGES = {"cpu": (), "tpu": ("libtpu",), "gpu": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")}
+_COMPILER_PACKAGES = {
+    "cpu": (),
+    "tpu": ("libtpu",),
+    "gpu": ("jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12"),
+}
 
 
 class DoesNotFitError(JaxbenchError):
@@ -147,7 +151,9 @@ def make_mesh(target: Target, layout: Layout) -> Any:
     names, sizes = zip(*layout.axes, strict=True)
     if target.num_slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(
-            *_split_slices(sizes, target.num_slices), devices=devices, allow_split_physical_axes=True
+            *_split_slices(sizes, target.num_slices),
+            devices=devices,
+            allow_split_physical_axes=True,
         )
     elif target.kind == "tpu" and target.num_chips > 1:
         grid = mesh_utils.create_device_mesh(sizes, devices=devices, allow_split_physical_axes=True)

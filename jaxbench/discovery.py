@@ -23,7 +23,11 @@ _FAMILIES = "jaxbench.models"
 def family_modules() -> list[str]:
     """Returns the module names of the shipped families, without importing them."""
     files = (item.name for item in resources.files(_FAMILIES).iterdir())
-    return sorted(f"{_FAMILIES}.{name[:-3]}" for name in files if name.endswith(".py") and name != "__init__.py")
+    return sorted(
+        f"{_FAMILIES}.{name[:-3]}"
+        for name in files
+        if name.endswith(".py") and name != "__init__.py"
+    )
 
 
 def describe_candidates(sources: list[str]) -> list[dict[str, Any]]:
@@ -51,7 +55,11 @@ def load_candidate(source: str, name: str) -> Candidate:
 
 def _load(source: str) -> ModuleType:
     try:
-        return importlib.import_module(source) if source.startswith(_FAMILIES) else _load_file(Path(source))
+        return (
+            importlib.import_module(source)
+            if source.startswith(_FAMILIES)
+            else _load_file(Path(source))
+        )
     except CandidateError:
         raise
     except SyntaxError as error:
@@ -70,7 +78,9 @@ def _load_file(path: Path) -> ModuleType:
     name = f"jaxbench_candidates_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise CandidateError(f"{path} is not Python: its name must end in .py. Give a file with a tuple CANDIDATES.")
+        raise CandidateError(
+            f"{path} is not Python: its name must end in .py. Give a file with a tuple CANDIDATES."
+        )
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     sys.path.insert(0, str(path.parent))  # its neighbours, as when Python runs the file
@@ -81,7 +91,9 @@ def _load_file(path: Path) -> ModuleType:
 def _candidates(module: ModuleType, source: str) -> tuple[Candidate, ...]:
     found = getattr(module, "CANDIDATES", None)
     if not isinstance(found, tuple | list) or not found:
-        raise CandidateError(f"{source} has no candidates. Give it a tuple CANDIDATES of jaxbench.Candidate.")
+        raise CandidateError(
+            f"{source} has no candidates. Give it a tuple CANDIDATES of jaxbench.Candidate."
+        )
     for item in found:
         if not isinstance(item, Candidate):
             raise CandidateError(
@@ -90,7 +102,9 @@ def _candidates(module: ModuleType, source: str) -> tuple[Candidate, ...]:
     names = [candidate.name for candidate in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise CandidateError(f"{source} names {', '.join(twice)} twice. Each candidate's name is its own.")
+        raise CandidateError(
+            f"{source} names {', '.join(twice)} twice. Each candidate's name is its own."
+        )
     return tuple(found)
 
 
@@ -106,4 +120,8 @@ def _digest(module: ModuleType) -> str:
 
 
 def _is_neighbour(file: Path, folder: Path) -> bool:
-    return file.is_relative_to(folder) and not file.is_relative_to(sys.prefix) and "site-packages" not in file.parts
+    return (
+        file.is_relative_to(folder)
+        and not file.is_relative_to(sys.prefix)
+        and "site-packages" not in file.parts
+    )

@@ -35,7 +35,14 @@ from jaxbench.target import Target, chip_table, parse_target
 from jaxbench.worker import failure_of
 
 # What these files hold decides which program a request becomes.
-_PROGRAM_FILES = ("candidate.py", "layout.py", "program.py", "mathematics.py", "compiler.py", "chips.toml")
+_PROGRAM_FILES = (
+    "candidate.py",
+    "layout.py",
+    "program.py",
+    "mathematics.py",
+    "compiler.py",
+    "chips.toml",
+)
 
 
 def evaluate(
@@ -96,7 +103,12 @@ class _Line:
     """The values of one request as they come into being."""
 
     def __init__(self, described: Mapping[str, Any], layout: str, target: Target, cpu_peaks: Any):
-        self.described, self.layout, self.target, self.cpu_peaks = described, layout, target, cpu_peaks
+        self.described, self.layout, self.target, self.cpu_peaks = (
+            described,
+            layout,
+            target,
+            cpu_peaks,
+        )
         self.values: dict[str, Any] = {"timings": {}}
         self.timings: dict[str, float] = self.values["timings"]
         self.started = time.perf_counter()
@@ -112,8 +124,12 @@ class _Line:
         self._describe_compiled()
 
     def _program_key(self) -> str:
-        asked = [self.described[key] for key in ("module", "name", "config", "workload", "source_sha256")]
-        return cache.key_of(asked, self.layout, self.target.name, versions_for(self.target), _code_digest())
+        asked = [
+            self.described[key] for key in ("module", "name", "config", "workload", "source_sha256")
+        ]
+        return cache.key_of(
+            asked, self.layout, self.target.name, versions_for(self.target), _code_digest()
+        )
 
     def _recall(self, program_key: str) -> bool:
         with _Stage("recall", self.timings):
@@ -121,7 +137,9 @@ class _Line:
             if known is None:
                 return False
             program = json.loads(known)
-            packed = cache.read_entry("compiled", compiled_key(program["program_sha256"], self.target))
+            packed = cache.read_entry(
+                "compiled", compiled_key(program["program_sha256"], self.target)
+            )
             if packed is None:
                 return False
             self.values.update(program)
@@ -142,7 +160,9 @@ class _Line:
         self.timings["compile_s"] = compiled.compile_s
         self.compiled = compiled
         with _Stage("store", self.timings):
-            cache.write_entry("compiled", compiled_key(program.sha256, self.target), compiled.pack())
+            cache.write_entry(
+                "compiled", compiled_key(program.sha256, self.target), compiled.pack()
+            )
             cache.write_entry("programs", program_key, json.dumps(known).encode())
         return program.init, executable
 
@@ -180,9 +200,13 @@ class _Line:
             from jaxbench.hlo import read_module
             from jaxbench.predict import predict_step
 
-            cost = price_module(read_module(self.compiled.hlo), mxu=chip_table()[self.target.chip].mxu)
+            cost = price_module(
+                read_module(self.compiled.hlo), mxu=chip_table()[self.target.chip].mxu
+            )
             model = self.values.pop("mathematics")
-            model_flops = sum(flops for _, flops in model["flops_by_dtype"]) / self.target.num_devices
+            model_flops = (
+                sum(flops for _, flops in model["flops_by_dtype"]) / self.target.num_devices
+            )
             self.values["cost"] = {
                 "model_flops": model_flops,
                 "model_io_bytes": model["io_bytes"] / self.target.num_devices,
@@ -227,8 +251,13 @@ class _Line:
             self._check_host_memory()
         with _Stage("measure", self.timings):
             measurement = measure_step(executable, init, budget_s=measure_s)
-            if min(measurement.samples_s) <= 0 and sorted(measurement.samples_s)[len(measurement.samples_s) // 2] <= 0:
-                raise MeasureError("The median slope is not positive: the machine is too busy. Measure again.")
+            if (
+                min(measurement.samples_s) <= 0
+                and sorted(measurement.samples_s)[len(measurement.samples_s) // 2] <= 0
+            ):
+                raise MeasureError(
+                    "The median slope is not positive: the machine is too busy. Measure again."
+                )
         self.values["measurement"] = dataclasses.asdict(measurement)
         from jaxbench.stats import median_s
 

@@ -36,7 +36,9 @@ class Layout:
     def rules(self) -> tuple[tuple[str, tuple[str, ...] | None], ...]:
         """Returns the rules reduced to the axes of this mesh; an axis without any is replicated."""
         have = {axis for axis, _ in self.axes}
-        reduced = ((logical, tuple(axis for axis in axes if axis in have)) for logical, axes in RULES)
+        reduced = (
+            (logical, tuple(axis for axis in axes if axis in have)) for logical, axes in RULES
+        )
         return tuple((logical, axes or None) for logical, axes in reduced)
 
 
@@ -53,7 +55,9 @@ def parse_layout(text: str) -> Layout:
         axes.append((axis, int(size) if size else -1))
     names = [axis for axis, _ in axes]
     if len(set(names)) < len(names) or sum(size == -1 for _, size in axes) > 1:
-        raise UsageError(f"Layout {text!r} names an axis twice or leaves two sizes open: at most one may be open.")
+        raise UsageError(
+            f"Layout {text!r} names an axis twice or leaves two sizes open: at most one may be open."
+        )
     return Layout(axes=tuple(axes))
 
 
@@ -70,7 +74,11 @@ def resolve_layout(layout: Layout, num_devices: int) -> Layout:
             f"Layout {layout.name} needs {'a multiple of ' if open_axis else ''}{fixed} devices, the target has "
             f"{num_devices}. Change the sizes or the topology."
         )
-    return Layout(axes=tuple((axis, num_devices // fixed if size == -1 else size) for axis, size in layout.axes))
+    return Layout(
+        axes=tuple(
+            (axis, num_devices // fixed if size == -1 else size) for axis, size in layout.axes
+        )
+    )
 
 
 def check_batch(layout: Layout, global_batch: int) -> None:

@@ -35,26 +35,38 @@ def _targets() -> tuple[list[dict[str, Any]], Table]:
         {
             "chip": chip.name,
             "devices_per_chip": chip.devices_per_chip,
-            "example": _EXAMPLE[chip.kind].format(chip=chip, dims="x".join(["4"] * chip.topology_dims)),
+            "example": _EXAMPLE[chip.kind].format(
+                chip=chip, dims="x".join(["4"] * chip.topology_dims)
+            ),
             "missing": missing_compiler(chip.kind),
         }
         for chip in chip_table().values()
     ]
     rows = tuple(
-        (row["chip"], str(row["devices_per_chip"]), row["example"], row["missing"] or "compiles here")
+        (
+            row["chip"],
+            str(row["devices_per_chip"]),
+            row["example"],
+            row["missing"] or "compiles here",
+        )
         for row in values
     )
     header = ("chip", "devices a chip", "with a topology", "state")
     return values, Table(title="Targets", header=header, rows=rows)
 
 
-_EXAMPLE: Mapping[str, str] = {"cpu": "cpu:8", "tpu": "{chip.name}:{dims}", "gpu": "{chip.name}:{chip.gpus_per_host}"}
+_EXAMPLE: Mapping[str, str] = {
+    "cpu": "cpu:8",
+    "tpu": "{chip.name}:{dims}",
+    "gpu": "{chip.name}:{chip.gpus_per_host}",
+}
 
 
 def _candidates() -> tuple[list[dict[str, Any]], Table]:
     described = describe(family_modules())
     rows = tuple(
-        (one["name"], one["size"], one["validity"], one["replaces"] or "the base", one["source"]) for one in described
+        (one["name"], one["size"], one["validity"], one["replaces"] or "the base", one["source"])
+        for one in described
     )
     header = ("candidate", "size", "class", "what it changes", "source")
     return described, Table(title="Candidates", header=header, rows=rows)

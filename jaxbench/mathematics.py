@@ -44,7 +44,8 @@ def count_mathematics(trace: Callable[[], Any], jaxpr: Any) -> Mathematics:
     flops: dict[str, int] = {}
     _count(jaxpr.jaxpr, 1, flops)
     io_bytes = sum(
-        math.prod(aval.shape) * np.dtype(aval.dtype).itemsize for aval in (*jaxpr.in_avals, *jaxpr.out_avals)
+        math.prod(aval.shape) * np.dtype(aval.dtype).itemsize
+        for aval in (*jaxpr.in_avals, *jaxpr.out_avals)
     )
     return Mathematics(flops_by_dtype=tuple(sorted(flops.items())), io_bytes=io_bytes)
 
@@ -71,7 +72,8 @@ def _subjaxprs(equation: Any) -> Iterator[Any]:
 
 def _has_remat(jaxpr: Any) -> bool:
     return any(
-        equation.primitive.name in ("checkpoint", "remat2") or any(map(_has_remat, _subjaxprs(equation)))
+        equation.primitive.name in ("checkpoint", "remat2")
+        or any(map(_has_remat, _subjaxprs(equation)))
         for equation in jaxpr.eqns
     )
 
@@ -103,7 +105,9 @@ def _add(flops: dict[str, int], equation: Any, value: int) -> None:
 def _dot_flops(equation: Any) -> int:
     (contracting, _), _ = equation.params["dimension_numbers"]
     left = equation.invars[0].aval.shape
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[dim] for dim in contracting)
+    return (
+        2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[dim] for dim in contracting)
+    )
 
 
 def _convolution_flops(equation: Any) -> int:
@@ -129,7 +133,9 @@ def _convolution_flops(equation: Any) -> int:
     return 2 * pairs * batch * features * right[numbers.rhs_spec[1]]
 
 
-def _valid_pairs(size: int, taps: int, outputs: int, stride: int, low: int, base: int, window: int) -> int:
+def _valid_pairs(
+    size: int, taps: int, outputs: int, stride: int, low: int, base: int, window: int
+) -> int:
     """Counts (output, tap) pairs that read a true input, not padding and not a hole."""
     position = np.arange(outputs)[:, None] * stride - low + np.arange(taps) * window
     return int(((position >= 0) & (position <= (size - 1) * base) & (position % base == 0)).sum())

@@ -44,7 +44,11 @@ class Measurement:
 
 
 def measure_step(
-    executable: Callable, init: Callable, *, budget_s: float, clock: Callable[[], float] = time.perf_counter
+    executable: Callable,
+    init: Callable,
+    *,
+    budget_s: float,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Measurement:
     """Times a compiled step on the default device.
 
@@ -120,7 +124,9 @@ def _doubts(samples: list[float]) -> tuple[str, ...]:
     if ordered[0] <= 0:
         found.append("a slope is not positive: the step is too short for this clock and load")
     if spread > 0.10:
-        found.append(f"half of the samples spread over {spread:.0%} of the median: the machine is busy")
+        found.append(
+            f"half of the samples spread over {spread:.0%} of the median: the machine is busy"
+        )
     return tuple(found)
 
 

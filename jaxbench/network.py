@@ -22,12 +22,16 @@ def collective_s(wire_bytes: float, group_size: int, target: Target) -> float:
     if target.kind == "cpu":
         # Devices faked on one machine: a collective is a copy through its memory, priced as one elsewhere.
         return 0.0
-    inside = target.topology[-1] if target.kind == "gpu" else target.num_devices // target.num_slices
+    inside = (
+        target.topology[-1] if target.kind == "gpu" else target.num_devices // target.num_slices
+    )
     if group_size > inside:
         bandwidth, what = chip.network_bytes_per_s, "network_bytes_per_s"
     else:
         ways = 2 if target.kind == "tpu" and group_size > 2 else 1
         bandwidth, what = (chip.link_bytes_per_s or 0) * ways, "link_bytes_per_s"
     if not bandwidth:
-        raise UnknownPeakError(f"No {what} for chip {chip.name!r}. Add it to chips.toml with its source.")
+        raise UnknownPeakError(
+            f"No {what} for chip {chip.name!r}. Add it to chips.toml with its source."
+        )
     return wire_bytes / bandwidth

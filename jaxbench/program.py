@@ -97,7 +97,11 @@ def _trace(step: Callable, arguments: tuple[Any, Any], mesh: Any) -> Any:
 
 
 def _use_mesh(mesh: Any) -> Any:
-    return jax.sharding.use_abstract_mesh(mesh) if isinstance(mesh, jax.sharding.AbstractMesh) else mesh
+    return (
+        jax.sharding.use_abstract_mesh(mesh)
+        if isinstance(mesh, jax.sharding.AbstractMesh)
+        else mesh
+    )
 
 
 def _split_network(candidate: Candidate) -> tuple[Any, Callable[[Any], tuple[Any, Any]], Callable]:
@@ -201,5 +205,6 @@ def _shard_batch(batch: Any, rules: Any, mesh: Any) -> Any:
     axes = dict(rules)["batch"]
     sharding = NamedSharding(mesh, PartitionSpec(axes))
     return {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding) for name, leaf in batch.items()
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for name, leaf in batch.items()
     }

@@ -66,7 +66,11 @@ class Record:
 
 
 def record_id(
-    described: Mapping[str, Any], layout: str, target: str, versions: Mapping[str, str], measured: bool
+    described: Mapping[str, Any],
+    layout: str,
+    target: str,
+    versions: Mapping[str, str],
+    measured: bool,
 ) -> str:
     """Returns the identity of a record: the same request gives the same id, in any run.
 

@@ -48,7 +48,9 @@ class Request:
     @property
     def id(self) -> str:
         """The record's id."""
-        return record_id(self.described, self.layout, self.target.name, self.versions, self.measured)
+        return record_id(
+            self.described, self.layout, self.target.name, self.versions, self.measured
+        )
 
 
 def run_named(
@@ -79,21 +81,34 @@ def run_named(
     files = [name for name in what if name.endswith(".py")]
     for name in files:
         if not Path(name).is_file():
-            raise UsageError(f"No file {name!r} here. Give the path of a Python file with a tuple CANDIDATES.")
+            raise UsageError(
+                f"No file {name!r} here. Give the path of a Python file with a tuple CANDIDATES."
+            )
     suites = [load_suite(name) for name in what if name in suite_names()]
     names = [name for name in what if name not in files and name not in suite_names()]
     described = describe([*family_modules(), *(str(Path(name).resolve()) for name in files)])
     _refuse_doubles(described)
     parts = [part for suite in suites for part in suite.parts]
-    own = [one["name"] for one in described if one["module"] in {str(Path(name).resolve()) for name in files}]
+    own = [
+        one["name"]
+        for one in described
+        if one["module"] in {str(Path(name).resolve()) for name in files}
+    ]
     chosen = tuple(names) or tuple(own)
     if chosen:
         parts.append(Part(candidates=chosen, targets=DEFAULT_TARGETS))
     parts = [
-        dataclasses.replace(part, targets=tuple(targets or part.targets), layout=layout or part.layout) for part in parts
+        dataclasses.replace(
+            part, targets=tuple(targets or part.targets), layout=layout or part.layout
+        )
+        for part in parts
     ]
     timed = tuple(name for suite in suites for name in suite.measure)
-    requests = plan(Suite(name=out.name, about="", parts=tuple(parts), measure=timed), described, measure=measure)
+    requests = plan(
+        Suite(name=out.name, about="", parts=tuple(parts), measure=timed),
+        described,
+        measure=measure,
+    )
     run(requests, out, limits, progress)
     asked = {request.id for request in requests}
     return [record for record in read_records(out) if record.id in asked]
@@ -124,7 +139,9 @@ def describe(sources: Sequence[str]) -> list[dict[str, Any]]:
       CandidateError: if a file cannot be used.
     """
     shipped = [source for source in sources if source.startswith("jaxbench.")]
-    groups = ([shipped] if shipped else []) + [[source] for source in sources if source not in shipped]
+    groups = ([shipped] if shipped else []) + [
+        [source] for source in sources if source not in shipped
+    ]
     described: list[dict[str, Any]] = []
     for group in groups:
         try:
@@ -172,7 +189,9 @@ def _resolved(layout: Any, target: Target) -> str:
         raise UsageError(str(error)) from error
 
 
-def run(requests: Sequence[Request], out: Path, limits: Limits, progress: Progress) -> tuple[int, int]:
+def run(
+    requests: Sequence[Request], out: Path, limits: Limits, progress: Progress
+) -> tuple[int, int]:
     """Makes the records that are missing in `out`, target by target.
 
     Returns:
@@ -204,7 +223,9 @@ def _run(jobs: Iterable[tuple[Job, Request]], limits: Limits) -> Iterator[tuple[
 def _jobs(requests: Sequence[Request], peaks: Any, limits: Limits) -> Iterator[tuple[Job, Request]]:
     order = list(dict.fromkeys(request.target.name for request in requests))
     for request in sorted(requests, key=lambda request: order.index(request.target.name)):
-        name = f"{request.described['name']} on {request.target.name}" + (", timed" if request.measured else "")
+        name = f"{request.described['name']} on {request.target.name}" + (
+            ", timed" if request.measured else ""
+        )
         arguments = {
             "described": dict(request.described),
             "layout": request.layout,
@@ -229,7 +250,9 @@ def _cpu_peaks(requests: Sequence[Request]) -> dict[str, float] | None:
     """Returns this machine's measured peaks, from the cache if it has been asked before."""
     if not any(request.target.kind == "cpu" for request in requests):
         return None
-    key = cache.key_of(platform.machine(), _processor(), os.cpu_count(), requests[0].versions["jaxlib"])
+    key = cache.key_of(
+        platform.machine(), _processor(), os.cpu_count(), requests[0].versions["jaxlib"]
+    )
     known = cache.read_entry("peaks", key)
     if known is None:
         peaks = call_in_worker("jaxbench.measure:measure_peaks")
@@ -254,7 +277,10 @@ def _record(request: Request, result: Any) -> Record:
     return Record(
         id=request.id,
         candidate=described["name"],
-        **{key: described[key] for key in ("family", "size", "base", "replaces", "validity", "source")},
+        **{
+            key: described[key]
+            for key in ("family", "size", "base", "replaces", "validity", "source")
+        },
         source_sha256=described["source_sha256"],
         config=described["config"],
         workload=described["workload"],

@@ -22,7 +22,8 @@ def median_ratio(first_s: Sequence[float], second_s: Sequence[float]) -> tuple[f
     generator = np.random.default_rng(0)
     first, second = np.asarray(first_s), np.asarray(second_s)
     resampled = [
-        np.median(generator.choice(values, (_RESAMPLES, values.size)), axis=1) for values in (first, second)
+        np.median(generator.choice(values, (_RESAMPLES, values.size)), axis=1)
+        for values in (first, second)
     ]
     low, high = np.quantile(resampled[0] / resampled[1], [0.025, 0.975])
     return float(np.median(first) / np.median(second)), float(low), float(high)

@@ -32,7 +32,9 @@ class Part:
         for pattern in self.candidates:
             found = [one for one in described if fnmatch.fnmatchcase(one["name"], pattern)]
             if not found:
-                raise UsageError(f"Unknown candidate {pattern!r}. `jaxbench list candidates` shows what there is.")
+                raise UsageError(
+                    f"Unknown candidate {pattern!r}. `jaxbench list candidates` shows what there is."
+                )
             chosen.update({one["name"]: one for one in found})
         return list(chosen.values())
 
@@ -68,7 +70,9 @@ def load_suite(name: str) -> Suite:
             f"Unknown suite, candidate or file {name!r}. Suites: {', '.join(suite_names())}; "
             "`jaxbench list candidates` shows candidates; a file's name ends in .py."
         )
-    row = tomllib.loads(resources.files("jaxbench.suites").joinpath(f"{name}.toml").read_text(encoding="utf-8"))
+    row = tomllib.loads(
+        resources.files("jaxbench.suites").joinpath(f"{name}.toml").read_text(encoding="utf-8")
+    )
     parts = tuple(
         Part(
             candidates=tuple(part["candidates"]),

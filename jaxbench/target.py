@@ -10,7 +10,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from importlib import resources
-from typing import Literal
+from typing import Any, Literal
 
 from jaxbench.errors import UnknownPeakError, UsageError
 
@@ -107,8 +107,12 @@ def chip_table() -> dict[str, Chip]:
 
 
 def _chip(name: str, row: dict) -> Chip:
-    frozen = {
-        key: tuple(value.items()) if isinstance(value, dict) else tuple(value) if isinstance(value, list) else value
+    frozen: dict[str, Any] = {
+        key: tuple(value.items())
+        if isinstance(value, dict)
+        else tuple(value)
+        if isinstance(value, list)
+        else value
         for key, value in row.items()
     }
     return Chip(name=name, **frozen)
@@ -133,7 +137,9 @@ def parse_target(text: str) -> Target:
     if any(dim < 1 for dim in (*dims, num_slices)):
         raise UsageError(f"Target {text!r} has a zero in its topology: each axis needs at least 1.")
     check = {"tpu": _tpu_topology, "gpu": _gpu_topology, "cpu": _cpu_topology}[chip.kind]
-    return Target(chip=chip.name, topology=check(text, chip, dims, num_slices), num_slices=num_slices)
+    return Target(
+        chip=chip.name, topology=check(text, chip, dims, num_slices), num_slices=num_slices
+    )
 
 
 def _tpu_topology(text: str, chip: Chip, dims: tuple[int, ...], num_slices: int) -> tuple[int, ...]:
@@ -143,7 +149,9 @@ def _tpu_topology(text: str, chip: Chip, dims: tuple[int, ...], num_slices: int)
     shape = "x".join("ABC"[: chip.topology_dims])
     limits = "x".join(map(str, chip.max_topology))
     if len(dims) != chip.topology_dims:
-        raise UsageError(f"Target {text!r} has {len(dims)} axes, but {chip.name} has {shape}, at most {limits}.")
+        raise UsageError(
+            f"Target {text!r} has {len(dims)} axes, but {chip.name} has {shape}, at most {limits}."
+        )
     if any(dim > limit for dim, limit in zip(sorted(dims), sorted(chip.max_topology), strict=True)):
         raise UsageError(f"Target {text!r} is larger than the largest {chip.name} slice, {limits}.")
     if any(dim % bound for dim, bound in zip(dims, chip.host_bounds, strict=True)):
@@ -157,7 +165,9 @@ def _tpu_topology(text: str, chip: Chip, dims: tuple[int, ...], num_slices: int)
 
 def _gpu_topology(text: str, chip: Chip, dims: tuple[int, ...], num_slices: int) -> tuple[int, ...]:
     if num_slices > 1 or len(dims) > 2:
-        raise UsageError(f"Target {text!r} is no GPU topology. Write {chip.name}:GPUS or {chip.name}:HOSTSxGPUS.")
+        raise UsageError(
+            f"Target {text!r} is no GPU topology. Write {chip.name}:GPUS or {chip.name}:HOSTSxGPUS."
+        )
     hosts, gpus = (1, *dims)[-2:] if dims else (1, 1)
     if gpus > chip.gpus_per_host:
         raise UsageError(

@@ -118,7 +118,9 @@ def _start(job: Job) -> _Running:
 def _no_main_module() -> Iterator[None]:
     """Keeps `multiprocessing` from running the user's script again in each worker."""
     main = sys.modules["__main__"]
-    saved = {name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__}
+    saved = {
+        name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__
+    }
     main.__spec__ = None
     try:
         yield
@@ -163,7 +165,11 @@ def _work(job: Job, sender: Connection, log: str, parent: int) -> None:
 def failure_of(error: BaseException, *, stage: str) -> Failure:
     """Returns the failure that an exception stands for: its type and the first line of its text."""
     text = str(error).strip().splitlines()
-    return Failure(stage=stage, error=type(error).__name__, text=text[0][:500] if text else type(error).__name__)
+    return Failure(
+        stage=stage,
+        error=type(error).__name__,
+        text=text[0][:500] if text else type(error).__name__,
+    )
 
 
 def _poll(entry: _Running) -> tuple[bool, Any]:
@@ -182,11 +188,15 @@ def _poll(entry: _Running) -> tuple[bool, Any]:
         return (True, _ended(entry)) if not entry.receiver.poll() else (False, None)
     if time.monotonic() - entry.started > limit:
         _kill(entry)
-        return True, _failure("Timeout", f"stopped after {limit:.0f} s, the time limit; raise --limit-s", entry)
+        return True, _failure(
+            "Timeout", f"stopped after {limit:.0f} s, the time limit; raise --limit-s", entry
+        )
     if _resident_bytes(entry.process.pid) > entry.job.limit_bytes:
         _kill(entry)
         gib = entry.job.limit_bytes / 2**30
-        return True, _failure("MemoryLimit", f"stopped at {gib:.1f} GiB, the memory limit; raise --limit-gib", entry)
+        return True, _failure(
+            "MemoryLimit", f"stopped at {gib:.1f} GiB, the memory limit; raise --limit-gib", entry
+        )
     return False, None
 
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.linen import with_logical_constraint
+from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Float, Int
 
 from jaxbench.candidate import Candidate, Input, Workload

@@ -28,7 +28,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.linen import with_logical_constraint
+from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Float
 
 from jaxbench.candidate import Candidate, Input, Workload

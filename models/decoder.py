@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.linen import with_logical_constraint
+from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Float, Int
 
 from jaxbench.candidate import Candidate, Input, Workload
@@ -155,6 +155,7 @@ class Decoder(nnx.Module):
         self.table = _weight(
             rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"), config.embed_dim
         )
+        self.stack: Any
         if config.layers == "scan":
             # The stacking dim gets no logical axis: layers are never split over devices.
             stack = nnx.vmap(
@@ -255,9 +256,14 @@ def _variants(size: str, config: DecoderConfig) -> tuple[Candidate, ...]:
 
     return (
         variant("head64", "", "base"),
-        variant("head128", "heads of 64 by half as many of 128, same parameters", "T1", **heads(128)),
-        variant("head256", "heads of 64 by a quarter as many of 256, same parameters", "T1", **heads(256)),
-        variant("unrolled", "the loop over layers by the layers written out", "T0", layers="unroll"),
+        variant("head128", "heads of 64 by half as many of 128", "T1", **heads(128)),
+        variant(
+            "head256",
+            "heads of 64 by a quarter as many of 256",
+            "T1",
+            **heads(256),
+        ),
+        variant("unrolled", "the loop over layers by layers written out", "T0", layers="unroll"),
     )
 
 

@@ -90,7 +90,12 @@ def _with_narrow(chip: Chip) -> dict[str, float]:
 
 
 def predict_step(
-    cost: Cost, target: Target, *, model_flops: float, dtype: str, cpu_peaks: Mapping[str, float] | None = None
+    cost: Cost,
+    target: Target,
+    *,
+    model_flops: float,
+    dtype: str,
+    cpu_peaks: Mapping[str, float] | None = None,
 ) -> Prediction:
     """Predicts the time of one step from what the compiled program does.
 
@@ -140,7 +145,9 @@ def predict_step(
         terms=tuple(terms.items()),
         hlo_s=max(hlo_s, wire_s),
         compiler_s=max(cycles_s, wire_s) if cycles_s else None,
-        built_from="compiler cycles, roofline where there are none" if cycles_s else "roofline of the priced ops",
+        built_from="compiler cycles, roofline where there are none"
+        if cycles_s
+        else "roofline of the priced ops",
     )
 
 
@@ -148,7 +155,9 @@ def _roofline(op: OpCost, peaks: Peaks, target: Target) -> tuple[float, str]:
     """Returns (seconds over all its executions, what bounds them)."""
     elementwise = sum(flops for _, flops in op.flops) - op.matmul_flops
     products = op.padded_flops - elementwise
-    compute = products / _product_peak(peaks, _product_dtype(op), target) if op.matmul_flops else 0.0
+    compute = (
+        products / _product_peak(peaks, _product_dtype(op), target) if op.matmul_flops else 0.0
+    )
     vector = elementwise / peaks.vector_flops
     memory = op.hbm_bytes / peaks.hbm_bytes_per_s
     launch = peaks.launch_s * op.count

@@ -20,7 +20,9 @@ from jaxbench.report.tables import (
 def render_page(title: str, about: str, records: Sequence[Record]) -> str:
     """Returns a page with every table of a folder of records."""
     comparisons = compare_rivals(records)
-    versions = {f"{name} {version}" for record in records for name, version in record.versions.items()}
+    versions = {
+        f"{name} {version}" for record in records for name, version in record.versions.items()
+    }
     tables = [
         speed_table(records),
         flip_table(comparisons),

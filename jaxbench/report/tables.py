@@ -42,7 +42,9 @@ def speed_table(records: Sequence[Record]) -> Table:
     kept = best_records(records)
     targets = ordered_targets(kept)
     cells = {(record.candidate, record.target): record for record in kept}
-    order = sorted({(record.base, record.candidate != record.base, record.candidate) for record in kept})
+    order = sorted(
+        {(record.base, record.candidate != record.base, record.candidate) for record in kept}
+    )
     rows = []
     for base, is_variant, name in order:
         label = f"  {name}" if is_variant else name
@@ -96,7 +98,14 @@ def signal_table(comparisons: Sequence[Comparison]) -> Table:
         for signal in SIGNALS:
             ratio = comparison.ratio(signal)
             cells.append(f"{ratio.ratio:.2f}" if ratio else "-")
-        rows.append((f"{comparison.first} / {comparison.second}", comparison.target, *cells, _verdict_cell(comparison)))
+        rows.append(
+            (
+                f"{comparison.first} / {comparison.second}",
+                comparison.target,
+                *cells,
+                _verdict_cell(comparison),
+            )
+        )
     return Table(
         title="How many times faster the first of a pair is, by signal",
         header=("pair", "target", "model FLOPs", "hlo", "compiler", "measured", "verdict"),
@@ -119,7 +128,11 @@ def flip_table(comparisons: Sequence[Comparison]) -> Table:
     pairs = {(flip.first, flip.second) for flip in proven}
     hints = [flip for flip in find_hints(comparisons) if (flip.first, flip.second) not in pairs]
     rows = [
-        (kind, f"{flip.first} on {', '.join(flip.first_wins_on)}", f"{flip.second} on {', '.join(flip.second_wins_on)}")
+        (
+            kind,
+            f"{flip.first} on {', '.join(flip.first_wins_on)}",
+            f"{flip.second} on {', '.join(flip.second_wins_on)}",
+        )
         for kind, flips in (("flip", proven), ("inconclusive", hints))
         for flip in flips
     ]
@@ -142,7 +155,9 @@ def agreement_table(comparisons: Sequence[Comparison]) -> Table:
         (f"{one} and {other}", f"{agree} of {total}")
         for (one, other), (agree, total) in sorted(signal_agreement(comparisons).items())
     ]
-    return Table(title="Agreement of signals on who is faster", header=("signals", "agree"), rows=tuple(rows))
+    return Table(
+        title="Agreement of signals on who is faster", header=("signals", "agree"), rows=tuple(rows)
+    )
 
 
 def regret_table(records: Sequence[Record]) -> Table:
@@ -173,7 +188,9 @@ def overhead_table(records: Sequence[Record]) -> Table:
         (name, f"{value:.1f}", f"{value / total:.1%}" if total else "-")
         for name, value in zip(names, sums.values(), strict=True)
     ]
-    return Table(title="Where the workers' time went", header=("stage", "seconds", "share"), rows=tuple(rows))
+    return Table(
+        title="Where the workers' time went", header=("stage", "seconds", "share"), rows=tuple(rows)
+    )
 
 
 def run_tables(records: Sequence[Record]) -> list[Table]:
