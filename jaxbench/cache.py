@@ -1,7 +1,7 @@
 """A content-addressed store on disk: compressed entries that carry their own digest.
 
-An entry is 32 bytes of SHA-256 and then the compressed payload. A torn or altered entry does not match
-its digest, is removed, and reads as absent, so that it is made anew.
+An entry is 32 bytes of SHA-256 and then the compressed payload. A torn or altered entry does not
+match its digest, is removed, and reads as absent, so that it is made anew.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def storage_errors(path: Path) -> Iterator[None]:
             errno.EROFS: "choose a folder that you may write",
         }.get(error.errno or 0, "choose another folder")
         raise StorageError(
-            f"Cannot write {path}: {os.strerror(error.errno or 0)}. Finished work is kept; {advice} and start again."
+            f"Cannot write {path}: {os.strerror(error.errno or 0)}. Finished work is kept; "
+            f"{advice} and start again."
         ) from error
 
 

@@ -22,7 +22,8 @@ class Input:
     Attributes:
       shape: Shape of one sample; the batch dim is put before it.
       dtype: NumPy name of the dtype.
-      high: Integers are drawn from [0, high); ignored for floating dtypes, which are standard normal.
+      high: Integers are drawn from [0, high); ignored for floating dtypes, which are standard
+        normal.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +56,8 @@ class Candidate:
     """One architecture with one configuration and one workload.
 
     Two candidates of one file differ only in a config field. Candidates with the same `base` and
-    size are rivals: equally valid choices for the same place, by the validity class that they declare.
+    size are rivals: equally valid choices for the same place, by the validity class that they
+      declare.
 
     Attributes:
       name: `family-size-change`, unique in its file.

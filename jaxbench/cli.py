@@ -1,4 +1,4 @@
-"""The command line: parses, calls one library function, prints. Imports nothing heavy before it must."""
+"""The command line: parses, calls one library function, prints. Imports late."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from jaxbench.errors import CandidateError, JaxbenchError, UsageError
 
 _DESCRIPTION = """Which of several equally good networks trains faster, on which hardware, and why.
 
-Candidates are compiled by the real XLA compilers for CPU, TPU and GPU targets that need not be there,
+Candidates are compiled by the real XLA compilers for CPU, TPU and GPU targets that need not be
+there,
 priced from the compiled program, and, on an attached device, timed."""
 
 _EXAMPLES = """examples:
@@ -226,7 +227,8 @@ def _report_failures(records: Sequence[Any]) -> int:
         return 0
     first = failed[0]
     print(
-        f"jaxbench: {len(failed)} of {len(records)} failed, the first: {first.candidate} on {first.target}: "
+        f"jaxbench: {len(failed)} of {len(records)} failed, the first: {first.candidate} on "
+        f"{first.target}: "
         f"{first.failure['stage']}: {first.failure['error']}: {first.failure['text']}",
         file=sys.stderr,
     )
@@ -272,7 +274,8 @@ def _read(folder: Path) -> list[Any]:
     records = read_records(folder)
     if not records:
         raise UsageError(
-            f"{folder} holds no {FILE_NAME} with records. `jaxbench run SUITE --out {folder}` makes one."
+            f"{folder} holds no {FILE_NAME} with records. `jaxbench run SUITE --out {folder}` "
+            f"makes one."
         )
     return records
 

@@ -1,7 +1,8 @@
 """Comparing records: rivals on one target, and choices whose winner changes with the target.
 
-Evidence on one target is either a measurement of both, or two independent signals (`hlo` and `compiler`)
-that agree in sign and both exceed their known error. Anything less is `inconclusive`, with the reason.
+Evidence on one target is either a measurement of both, or two independent signals (`hlo` and
+`compiler`) that agree in sign and both exceed their known error. Anything less is `inconclusive`,
+with the reason.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _TIE = 1.10  # a measured ratio whose whole interval lies within this factor is 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Ratio:
-    """Second's step time over first's by one signal: above 1, the first is faster. The interval has the error."""
+    """Second's step time over first's by one signal, with its error: above 1, the first wins."""
 
     signal: str
     ratio: float
@@ -58,7 +59,7 @@ class Comparison:
 
     @property
     def leaning(self) -> int:
-        """Sign of the best signal's ratio, however small: measured, else compiler, else hlo; 0 if even."""
+        """Sign of the best signal's ratio, however small: measured, compiler or hlo; 0 if even."""
         best = next(
             (r for name in ("measured", "compiler", "hlo") if (r := self.ratio(name))), None
         )
@@ -77,7 +78,7 @@ class Flip:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Regret:
-    """What it costs to choose by one target's winner and train on another, over all groups of rivals.
+    """What it costs to choose by one target's winner and train on another, over all groups.
 
     From each record's own `samples_per_s`, so as good as those are: measured or predicted.
     """
@@ -214,12 +215,12 @@ def compare_pair(records: Iterable[Record], first: str, second: str) -> list[Com
 
 
 def find_flips(comparisons: Iterable[Comparison]) -> list[Flip]:
-    """Returns the pairs that have a verdict for one side on a target and for the other on another."""
+    """Returns the pairs with a verdict for one side on a target and for the other elsewhere."""
     return _flips(comparisons, lambda comparison: comparison.winner)
 
 
 def find_hints(comparisons: Iterable[Comparison]) -> list[Flip]:
-    """Returns the pairs whose best signal changes its side, whether or not the evidence suffices."""
+    """Returns the pairs whose best signal changes its side, enough evidence or not."""
 
     def leader(comparison: Comparison) -> str | None:
         return {1: comparison.first, -1: comparison.second}.get(comparison.leaning)
@@ -247,7 +248,7 @@ def _flips(comparisons: Iterable[Comparison], winner: object) -> list[Flip]:
 
 
 def signal_agreement(comparisons: Iterable[Comparison]) -> dict[tuple[str, str], tuple[int, int]]:
-    """Counts, for each two signals, (pairs on targets on which their ratios have one sign, pairs with both)."""
+    """Counts, for each two signals, (comparisons in which they agree in sign, all with both)."""
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for comparison in comparisons:
         for one, other in itertools.combinations(

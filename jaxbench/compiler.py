@@ -21,9 +21,9 @@ from jaxbench.errors import Failure, JaxbenchError
 from jaxbench.layout import Layout
 from jaxbench.target import Chip, Target, chip_table
 
-# Set before JAX is imported. libtpu's lock file stops a second process, its metadata query waits for a
-# server that only Google's machines have, and the CUDA plug-in checks for libraries that compiling
-# does not need. One BLAS thread: what NumPy starts at import must not survive a fork.
+# Set before JAX is imported. libtpu's lock file stops a second process, its metadata query waits
+# for a server that only Google's machines have, and the CUDA plug-in checks for libraries that
+# compiling does not need. One BLAS thread: what NumPy starts at import must not survive a fork.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -44,7 +44,7 @@ _COMPILER_PACKAGES = {
 
 
 class DoesNotFitError(JaxbenchError):
-    """The compiler or its memory figures say that a program needs more memory than the device has."""
+    """A program needs more memory than the device has, by the compiler's word or figures."""
 
     def __init__(self, needed_bytes: int, available_bytes: int):
         super().__init__(
@@ -76,7 +76,7 @@ class Memory:
 
     @property
     def peak_bytes(self) -> int:
-        """Arguments, results and temporaries; donated buffers are both argument and result, counted once."""
+        """Arguments, results and temporaries; a donated buffer is both, and counted once."""
         return self.argument_bytes + self.output_bytes - self.alias_bytes + self.temp_bytes
 
 
@@ -143,7 +143,7 @@ def compiled_key(program_sha256: str, target: Target) -> str:
 
 
 def make_mesh(target: Target, layout: Layout) -> Any:
-    """Makes the mesh of a resolved layout over the target's compile-only devices (or CPU devices)."""
+    """Makes the mesh of a resolved layout over the target's compile-only or CPU devices."""
     import jax
     from jax.experimental import mesh_utils
 
@@ -165,13 +165,14 @@ def make_mesh(target: Target, layout: Layout) -> Any:
 
 
 def _split_slices(sizes: tuple[int, ...], num_slices: int) -> tuple[list[int], list[int]]:
-    """Returns mesh sizes inside a slice and across slices; the first axis that divides goes across."""
+    """Returns mesh sizes inside and across slices; the first axis that divides goes across."""
     for index, size in enumerate(sizes):
         if size % num_slices == 0:
             across = [num_slices if i == index else 1 for i in range(len(sizes))]
             return [size // n for size, n in zip(sizes, across, strict=True)], across
     raise JaxbenchError(
-        f"No mesh axis of sizes {sizes} divides over {num_slices} slices. Give one axis a multiple of {num_slices}."
+        f"No mesh axis of sizes {sizes} divides over {num_slices} slices. Give one axis a multiple "
+        f"of {num_slices}."
     )
 
 
@@ -184,7 +185,8 @@ def _devices(target: Target) -> list[Any]:
         jax.config.update("jax_num_cpu_devices", target.num_devices)
         return jax.devices("cpu")
     if target.kind == "tpu":
-        # One chip is taken out of one host: the smallest topology that libtpu builds for every chip.
+        # One chip is taken out of one host: the smallest topology that libtpu builds for every
+        # chip.
         dims = chip.host_bounds if target.num_chips == 1 else target.topology
         name = f"{chip.topology_name}:{'x'.join(map(str, dims))}"
         description = topologies.get_topology_desc(
@@ -224,8 +226,10 @@ gpu_device_info {{
   shared_memory_per_block_optin: {chip.shared_bytes_optin}
   core_count: {chip.num_cores} fpus_per_core: {chip.fpus_per_core}
   block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  memory_bandwidth: {chip.hbm_bytes_per_s:.0f} l2_cache_size: {chip.l2_bytes} clock_rate_ghz: {chip.clock_ghz}
-  device_memory_size: {chip.hbm_bytes:.0f} cuda_compute_capability {{ major: {major} minor: {minor} }}
+  memory_bandwidth: {chip.hbm_bytes_per_s:.0f} l2_cache_size: {chip.l2_bytes} clock_rate_ghz:
+    {chip.clock_ghz}
+  device_memory_size: {chip.hbm_bytes:.0f} cuda_compute_capability {{ major: {major} minor: {minor}
+    }}
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }}
 platform_name: "CUDA"
@@ -278,13 +282,14 @@ def check_fit(compiled: Compiled, target: Target) -> None:
 
 # How XLA:TPU says that a program does not fit: libtpu 0.0.50, then 0.0.42.
 _REFUSALS = (
-    r"HLO temporaries \((?P<needed>[\d.]+[KMGT]?)\) exceeds available HBM \((?P<there>[\d.]+[KMGT]?)\)",
+    r"HLO temporaries \((?P<needed>[\d.]+[KMGT]?)\) exceeds available HBM "
+    r"\((?P<there>[\d.]+[KMGT]?)\)",
     r"Used (?P<needed>[\d.]+[KMGT]?) of (?P<there>[\d.]+[KMGT]?) hbm",
 )
 
 
 def _memory_refusal(text: str) -> tuple[int, int] | None:
-    """Reads (bytes needed, bytes available) out of the compiler's refusal, None if it is about something else."""
+    """Reads (bytes needed, bytes available) out of the compiler's refusal, or None."""
     for pattern in _REFUSALS:
         if match := re.search(pattern, text):
             return _parse_bytes(match["needed"]), _parse_bytes(match["there"])

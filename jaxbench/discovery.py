@@ -1,6 +1,7 @@
 """Finding candidates: in the families that ship with jaxbench, and in the user's own files.
 
-Importing a candidate file imports JAX and runs the user's code, so everything here is called in a worker.
+Importing a candidate file imports JAX and runs the user's code, so everything here is called in a
+worker.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def family_modules() -> list[str]:
 
 
 def describe_candidates(sources: list[str]) -> list[dict[str, Any]]:
-    """Describes the candidates of module names or file paths, JSON-ready, each with its source's digest.
+    """Describes the candidates of modules or files, JSON-ready, each with its source's digest.
 
     Raises:
       CandidateError: if a source cannot be loaded, or holds no candidates.
@@ -64,12 +65,14 @@ def _load(source: str) -> ModuleType:
         raise
     except SyntaxError as error:
         raise CandidateError(
-            f"{source} is not Python: {error.msg} at line {error.lineno}. Give a Python file with a tuple CANDIDATES."
+            f"{source} is not Python: {error.msg} at line {error.lineno}. Give a Python file with "
+            f"a tuple CANDIDATES."
         ) from error
     except (Exception, SystemExit) as error:
         text = (str(error).splitlines() or [""])[0]
         raise CandidateError(
-            f"{source} raised {type(error).__name__} on import: {text}. Make `python {source}` run without error."
+            f"{source} raised {type(error).__name__} on import: {text}. Make `python {source}` run "
+            f"without error."
         ) from error
 
 
@@ -97,7 +100,8 @@ def _candidates(module: ModuleType, source: str) -> tuple[Candidate, ...]:
     for item in found:
         if not isinstance(item, Candidate):
             raise CandidateError(
-                f"{source} has a {type(item).__name__} in CANDIDATES. Each entry is a jaxbench.Candidate."
+                f"{source} has a {type(item).__name__} in CANDIDATES. Each entry is a "
+                f"jaxbench.Candidate."
             )
     names = [candidate.name for candidate in found]
     twice = sorted({name for name in names if names.count(name) > 1})

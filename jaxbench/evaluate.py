@@ -1,7 +1,7 @@
-"""One candidate on one target, from source to priced prediction: the line of values, run in a worker.
+"""One candidate on one target, from source to prediction: the line of values, in a worker.
 
-Returns plain data for a record. Each stage that fails ends the line with a `Failure`; what the stages
-before it gave is kept.
+Returns plain data for a record. Each stage that fails ends the line with a `Failure`; what the
+stages before it gave is kept.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class _Line:
             return True
 
     def _make(self, program_key: str) -> Any:
-        """Traces, lowers and compiles; returns the program's maker of arguments and the executable."""
+        """Traces, lowers and compiles; returns the maker of arguments and the executable."""
         program = self._build()
         known = {
             "program_sha256": program.sha256,

@@ -1,4 +1,4 @@
-"""Layouts: a mesh and the rules that map logical axes to its axes. The only place that knows both names."""
+"""Layouts: a mesh and the rules from logical axes to its axes. Only here are both known."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from jaxbench.errors import LayoutError, UsageError
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
-# A logical axis takes those of its mesh axes that the mesh has. `batch` is of activations, the rest of
-# parameters. Source of the scheme: T5X and MaxText logical axis rules.
+# A logical axis takes those of its mesh axes that the mesh has. `batch` is of activations, the rest
+# of parameters. Source of the scheme: T5X and MaxText logical axis rules.
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", ("data", "fsdp")),
     ("embed", ("fsdp",)),
@@ -24,7 +24,7 @@ RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Layout:
-    """Mesh axes with their sizes, in order; at most one size is -1, which takes the remaining devices."""
+    """Mesh axes with their sizes, in order; at most one is -1, and takes the remaining devices."""
 
     axes: tuple[tuple[str, int], ...]
 
@@ -43,7 +43,7 @@ class Layout:
 
 
 def parse_layout(text: str) -> Layout:
-    """Parses `fsdp`, `data`, or `data=2,fsdp=8`; an axis without a size takes the remaining devices."""
+    """Parses `fsdp`, `data`, `data=2,fsdp=8`; an axis without size takes what remains."""
     axes = []
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
@@ -56,7 +56,8 @@ def parse_layout(text: str) -> Layout:
     names = [axis for axis, _ in axes]
     if len(set(names)) < len(names) or sum(size == -1 for _, size in axes) > 1:
         raise UsageError(
-            f"Layout {text!r} names an axis twice or leaves two sizes open: at most one may be open."
+            f"Layout {text!r} names an axis twice or leaves two sizes open: at most one may be "
+            f"open."
         )
     return Layout(axes=tuple(axes))
 
@@ -71,7 +72,8 @@ def resolve_layout(layout: Layout, num_devices: int) -> Layout:
     open_axis = any(size == -1 for _, size in layout.axes)
     if num_devices % fixed or (not open_axis and fixed != num_devices):
         raise LayoutError(
-            f"Layout {layout.name} needs {'a multiple of ' if open_axis else ''}{fixed} devices, the target has "
+            f"Layout {layout.name} needs {'a multiple of ' if open_axis else ''}{fixed} devices, "
+            f"the target has "
             f"{num_devices}. Change the sizes or the topology."
         )
     return Layout(
@@ -86,6 +88,7 @@ def check_batch(layout: Layout, global_batch: int) -> None:
     ways = math.prod(size for axis, size in layout.axes if axis in ("data", "fsdp"))
     if global_batch % ways:
         raise LayoutError(
-            f"global_batch={global_batch} does not divide over {ways} devices of layout {layout.name}. "
+            f"global_batch={global_batch} does not divide over {ways} devices of layout "
+            f"{layout.name}. "
             f"Use a multiple of {ways}, or fewer devices."
         )

@@ -1,7 +1,7 @@
 """What a step costs as mathematics: FLOPs and bytes of the traced function, before any compiler.
 
-Products count, loops are multiplied, rematerialisation does not count: that is the compiler's and the
-author's business, not the network's.
+Products count, loops are multiplied, rematerialisation does not count: that is the compiler's and
+  the author's business, not the network's.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from unittest import mock
 
 import jax
 import numpy as np
-from jax.extend import core
+from jax.extend.core import ClosedJaxpr, Jaxpr  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,9 +64,9 @@ def _no_remat() -> Iterator[None]:
 def _subjaxprs(equation: Any) -> Iterator[Any]:
     for value in equation.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, core.ClosedJaxpr):
+            if isinstance(item, ClosedJaxpr):
                 yield item.jaxpr
-            elif isinstance(item, core.Jaxpr):
+            elif isinstance(item, Jaxpr):
                 yield item
 
 
@@ -117,8 +117,8 @@ def _convolution_flops(equation: Any) -> int:
     left, right = equation.invars[0].aval.shape, equation.invars[1].aval.shape
     out = equation.outvars[0].aval.shape
     pairs = math.prod(
-        _valid_pairs(left[l], right[r], out[o], stride, pad[0], base, window)
-        for l, r, o, stride, pad, base, window in zip(
+        _valid_pairs(left[in_], right[tap], out[to], stride, pad[0], base, window)
+        for in_, tap, to, stride, pad, base, window in zip(
             numbers.lhs_spec[2:],
             numbers.rhs_spec[2:],
             numbers.out_spec[2:],

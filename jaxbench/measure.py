@@ -1,9 +1,9 @@
 """Timing steps on an attached device. Runs in a worker that loads no other compiler.
 
-Protocol `chain-slope-1`: after warm-up, chains of K steps are run on donated state with one block at the
-end; the slope between a short and a long chain is one sample, so that dispatch and other constant parts
-cancel. Each candidate runs alone, in a process of its own; candidates are not interleaved, so drift of
-the machine between two of them is not cancelled.
+Protocol `chain-slope-1`: after warm-up, chains of K steps are run on donated state with one block
+at the end; the slope between a short and a long chain is one sample, so that dispatch and other
+constant parts cancel. Each candidate runs alone, in a process of its own; candidates are not
+interleaved, so drift of the machine between two of them is not cancelled.
 """
 
 from __future__ import annotations
@@ -53,7 +53,8 @@ def measure_step(
     """Times a compiled step on the default device.
 
     Args:
-      executable: `executable(state, batch)` gives (state, loss), or the loss alone for a forward pass.
+      executable: `executable(state, batch)` gives (state, loss), or the loss alone for a forward
+        pass.
       init: Makes (state, batch) from a key.
       budget_s: Seconds to spend on chains; at least five samples are taken however long they last.
 
@@ -105,7 +106,7 @@ class _Chain:
         return self.clock() - start
 
     def check_loss(self) -> float:
-        """Returns the last loss; a network that no longer computes numbers is not the one to be timed."""
+        """Returns the last loss; a network that no longer computes numbers is not to be timed."""
         value = float(self.loss)
         if value != value or value in (float("inf"), float("-inf")):
             raise MeasureError(

@@ -1,7 +1,7 @@
 """Seconds that collectives take: bytes on the wire over the bandwidth of the links that they cross.
 
-A first model: rings, latency ignored. A TPU sends both ways round its ring; a group that fits into one
-slice (TPU) or one host (GPU) uses the chip links, a larger one the network between them.
+A first model: rings, latency ignored. A TPU sends both ways round its ring; a group that fits into
+  one slice (TPU) or one host (GPU) uses the chip links, a larger one the network between them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def collective_s(wire_bytes: float, group_size: int, target: Target) -> float:
     if group_size <= 1 or not wire_bytes:
         return 0.0
     if target.kind == "cpu":
-        # Devices faked on one machine: a collective is a copy through its memory, priced as one elsewhere.
+        # Devices faked on one machine: a collective is a copy through its memory, priced as one
+        # elsewhere.
         return 0.0
     inside = (
         target.topology[-1] if target.kind == "gpu" else target.num_devices // target.num_slices

@@ -1,4 +1,4 @@
-"""What the fork server imports once for all workers. Starts no backend and no thread that a fork would lose."""
+"""What the fork server imports once for all workers. Starts no backend and no thread."""
 
 import flax.nnx
 import jax

@@ -34,7 +34,8 @@ class Program:
     Attributes:
       lowered: The step as StableHLO, ready to compile.
       sha256: Digest of the StableHLO text, the program's identity.
-      init: Makes concrete state and batch of the same structure from a seed; jit it where it shall live.
+      init: Makes concrete state and batch of the same structure from a seed; jit it where it shall
+        live.
       mathematics: FLOPs and bytes of the whole step over all devices, from the traced function.
       num_params: Parameters of the network.
       trace_s, lower_s: Wall seconds spent.
@@ -109,7 +110,8 @@ def _split_network(candidate: Candidate) -> tuple[Any, Callable[[Any], tuple[Any
 
     def make_state(key: Any) -> tuple[Any, Any]:
         module = candidate.build(candidate.config, nnx.Rngs(params=key))
-        return nnx.split(module, nnx.Param, ...)[1:]
+        _, params, rest = nnx.split(module, nnx.Param, ...)
+        return params, rest
 
     with nnx.use_eager_sharding(False):
         module = nnx.eval_shape(lambda: candidate.build(candidate.config, nnx.Rngs(params=0)))
@@ -124,7 +126,8 @@ def _make_step(
     optimizer = getattr(optax, workload.optimizer)(workload.learning_rate)
 
     def loss_of(params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
-        # Variables can be changed only at the trace level that made them: batch statistics are made anew here.
+        # Variables can be changed only at the trace level that made them: batch statistics are made
+        # anew here.
         module = nnx.merge(graphdef, params, jax.tree.map(lambda leaf: leaf, rest))
         value = loss(module, batch)
         return value.astype(jnp.float32), nnx.split(module, nnx.Param, ...)[2]
@@ -196,7 +199,8 @@ def _check_divides(name: str, shape: Any, names: Any, spec: Any, mesh: Any) -> N
         ways = math.prod(mesh.shape[axis] for axis in axes or ())
         if shape[dim] % ways:
             raise LayoutError(
-                f"Parameter {name} has {shape[dim]} along its axis {logical!r}, which {'x'.join(axes)}={ways} "
+                f"Parameter {name} has {shape[dim]} along its axis {logical!r}, which "
+                f"{'x'.join(axes)}={ways} "
                 f"does not divide. Use fewer devices on that mesh axis, or layout data."
             )
 

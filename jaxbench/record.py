@@ -1,4 +1,4 @@
-"""Records: one JSON line for each candidate on each target, appended and flushed as soon as it is made."""
+"""Records: a JSON line for each candidate on each target, appended as soon as it is made."""
 
 from __future__ import annotations
 
@@ -83,7 +83,8 @@ def record_id(
 def append_record(folder: Path, record: Record) -> bool:
     """Appends a record unless one with its id is there; returns whether it was appended.
 
-    Several processes may append at once. A line is written whole or, if the disk is full, not at all.
+    Several processes may append at once. A line is written whole or, if the disk is full, not at
+    all.
 
     Raises:
       StorageError: if the line cannot be written.
@@ -136,7 +137,8 @@ def read_records(folder: Path) -> list[Record]:
                 continue
             if values.get("schema") != SCHEMA:
                 raise UsageError(
-                    f"{path} has records of schema {values.get('schema')}, this jaxbench reads {SCHEMA}. "
+                    f"{path} has records of schema {values.get('schema')}, this jaxbench reads "
+                    f"{SCHEMA}. "
                     "Use another folder, or the jaxbench that wrote it."
                 )
             record = Record(**values)

@@ -1,4 +1,4 @@
-"""The main job: candidates through compilers, each result appended to the records as soon as it is there."""
+"""The main job: candidates through compilers, each result recorded as soon as it is there."""
 
 from __future__ import annotations
 
@@ -119,7 +119,8 @@ def _refuse_doubles(described: Sequence[Mapping[str, Any]]) -> None:
     for one in described:
         if one["name"] in seen:
             raise CandidateError(
-                f"{one['module']} and {seen[one['name']]} both name a candidate {one['name']!r}. Rename yours."
+                f"{one['module']} and {seen[one['name']]} both name a candidate {one['name']!r}. "
+                f"Rename yours."
             )
         seen[one["name"]] = one["module"]
 
@@ -133,7 +134,7 @@ def check_writable(out: Path) -> None:
 
 
 def describe(sources: Sequence[str]) -> list[dict[str, Any]]:
-    """Describes the candidates of families or files; each of the user's files is read in its own worker.
+    """Describes the candidates of families or files; each user's file is read in its own worker.
 
     Raises:
       CandidateError: if a file cannot be used.

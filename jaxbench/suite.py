@@ -33,7 +33,8 @@ class Part:
             found = [one for one in described if fnmatch.fnmatchcase(one["name"], pattern)]
             if not found:
                 raise UsageError(
-                    f"Unknown candidate {pattern!r}. `jaxbench list candidates` shows what there is."
+                    f"Unknown candidate {pattern!r}. `jaxbench list candidates` shows what there "
+                    f"is."
                 )
             chosen.update({one["name"]: one for one in found})
         return list(chosen.values())

@@ -66,7 +66,8 @@ class Target:
 
     Attributes:
       chip: Name in chips.toml.
-      topology: Chips along each axis of the torus (TPU), (hosts, GPUs a host), or (devices,) on the CPU.
+      topology: Chips along each axis of the torus (TPU), (hosts, GPUs a host), or (devices,) on the
+        CPU.
       num_slices: Slices joined by the data-centre network (TPU).
     """
 
@@ -130,7 +131,8 @@ def parse_target(text: str) -> Target:
     if match is None or chip is None:
         raise UsageError(
             f"Unknown target {text!r}. Chips: {', '.join(chips)}. "
-            "Write chip:topology, such as tpu-v5e:4x4, tpu-v6e:16x16*2, gpu-h100:8, gpu-h100:4x8 or cpu:8."
+            "Write chip:topology, such as tpu-v5e:4x4, tpu-v6e:16x16*2, gpu-h100:8, gpu-h100:4x8 "
+            "or cpu:8."
         )
     dims = tuple(int(dim) for dim in (match["dims"] or "").split("x") if dim)
     num_slices = int(match["slices"] or 1)
@@ -157,7 +159,8 @@ def _tpu_topology(text: str, chip: Chip, dims: tuple[int, ...], num_slices: int)
     if any(dim % bound for dim, bound in zip(dims, chip.host_bounds, strict=True)):
         hosts = "x".join(map(str, chip.host_bounds))
         raise UsageError(
-            f"Target {text!r} is not made of whole hosts: each holds {hosts} chips, so each axis is a multiple of "
+            f"Target {text!r} is not made of whole hosts: each holds {hosts} chips, so each axis "
+            f"is a multiple of "
             f"that. Or write {chip.name} for one chip."
         )
     return dims
@@ -171,7 +174,8 @@ def _gpu_topology(text: str, chip: Chip, dims: tuple[int, ...], num_slices: int)
     hosts, gpus = (1, *dims)[-2:] if dims else (1, 1)
     if gpus > chip.gpus_per_host:
         raise UsageError(
-            f"Target {text!r} puts {gpus} GPUs into one host, which holds at most {chip.gpus_per_host}. "
+            f"Target {text!r} puts {gpus} GPUs into one host, which holds at most "
+            f"{chip.gpus_per_host}. "
             f"Write {chip.name}:HOSTSx{chip.gpus_per_host}."
         )
     return hosts, gpus
@@ -193,5 +197,6 @@ def missing_compiler(kind: str) -> str | None:
     else:
         return None
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
-        return f"{package} exists for Linux x86-64 only, this is {platform.system()} {platform.machine()}"
+        here = f"{platform.system()} {platform.machine()}"
+        return f"{package} exists for Linux x86-64 only, this is {here}"
     return f"{package} is not installed; get it with: pip install 'jaxbench[{kind}]'"

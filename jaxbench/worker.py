@@ -1,8 +1,9 @@
-"""Jobs in processes of their own, each with a time and a memory limit, and none outliving its parent.
+"""Jobs in processes of their own, with time and memory limits, none outliving its parent.
 
-Workers fork from the standard library's fork server, which has imported JAX and Flax once but started no
-backend; so a worker starts in milliseconds and loads just the one compiler that it needs. Compilers
-write to stderr from C; a worker's stdout and stderr go to a log file, never to the user's screen.
+Workers fork from the standard library's fork server, which has imported JAX and Flax once but
+started no backend; so a worker starts in milliseconds and loads just the one compiler that it
+needs. Compilers write to stderr from C; a worker's stdout and stderr go to a log file, never to the
+user's screen.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ class _Running:
 def run_jobs(jobs: Sequence[Job], *, num_workers: int) -> Iterator[tuple[Job, Any]]:
     """Runs jobs, `num_workers` at a time, and yields each with its result as it ends.
 
-    A result is what the function returned, or a `Failure`: of the function's own `JaxbenchError`, of any
-    other exception, of a signal, or of a limit. Jobs marked `alone` run last, one after the other.
-    When the iteration is left early, whatever runs is killed.
+    A result is what the function returned, or a `Failure`: of the function's own `JaxbenchError`,
+    of any other exception, of a signal, or of a limit. Jobs marked `alone` run last, one after the
+    other. When the iteration is left early, whatever runs is killed.
     """
     queue = [job for job in jobs if not job.alone]
     last = [job for job in jobs if job.alone]
@@ -130,7 +131,7 @@ def _no_main_module() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _interrupts_later() -> Iterator[None]:
-    """Holds Ctrl-C back while a worker is half started: the fork server must not inherit it either."""
+    """Holds Ctrl-C back while a worker is half started."""
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,11 +1,11 @@
-"""Decoder-only transformer as in Llama: RMS norm, rotary positions, grouped queries, SwiGLU, tied table.
+"""Decoder as in Llama: RMS norm, rotary positions, grouped queries, SwiGLU, tied table.
 
-Letters: B batch, T query tokens, S key tokens, D model, N query heads, K key heads, G query heads a key
-head, H head, F feed-forward, V vocabulary.
+Letters: B batch, T query tokens, S key tokens, D model, N query heads, K key heads, G query heads a
+  key head, H head, F feed-forward, V vocabulary.
 
-Sources: Touvron et al., "Llama 2", 2023; Ainslie et al., "GQA", EMNLP 2023; Shazeer, "GLU Variants",
-2020. The `paper` size is Llama 3.2 1B (Meta model card, 2024): 16 layers, D 2048, 32 heads of 64, 8 key
-heads, F 8192, V 128256, tied: 1,235,814,400 parameters.
+Sources: Touvron et al., "Llama 2", 2023; Ainslie et al., "GQA", EMNLP 2023; Shazeer, "GLU
+  Variants", 2020. The `paper` size is Llama 3.2 1B (Meta model card, 2024): 16 layers, D 2048, 32
+  heads of 64, 8 key heads, F 8192, V 128256, tied: 1,235,814,400 parameters.
 """
 
 import dataclasses
@@ -28,7 +28,8 @@ class DecoderConfig:
     """Sizes of one decoder.
 
     Attributes:
-      layers: `scan` compiles one layer and loops over stacked parameters; `unroll` writes all layers out.
+      layers: `scan` compiles one layer and loops over stacked parameters; `unroll` writes all
+        layers out.
       remat: `full` keeps only each layer's input for the backward pass.
     """
 

@@ -1,7 +1,8 @@
 """Step times from what the compiled program does. Not yet validated against published step times.
 
-Two signals are computed apart and never mixed in a comparison: `hlo`, our roofline over the priced ops, and
-`compiler`, the vendor's own cycles, which only XLA:TPU writes. The prediction is built from both and says
+Two signals are computed apart and never mixed in a comparison: `hlo`, our roofline over the priced
+  ops, and `compiler`, the vendor's own cycles, which only XLA:TPU writes. The prediction is built
+  from both and says
 so: an op with the compiler's cycles takes them, any other its roofline.
 """
 
@@ -25,7 +26,7 @@ STATUS = "not yet validated"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Peaks:
-    """What one device can do: FLOP/s of products by dtype, FLOP/s elementwise, bytes/s, seconds a launch."""
+    """What one device can do; products by dtype, the rest elementwise."""
 
     product_flops: Mapping[str, float]
     vector_flops: float
@@ -43,7 +44,8 @@ class Prediction:
       low_s, high_s: `step_s` less the signal's error; on-chip plus collective time, plus the error.
       bound: The largest of the terms: `compute`, `memory`, `collective` or `launch`.
       mfu: Model FLOPs / (step_s x peak), between 0 and 1.
-      terms: Seconds by what bounds each op; they add up to more than `step_s` where collectives hide.
+      terms: Seconds by what bounds each op; they add up to more than `step_s` where collectives
+        hide.
       hlo_s: The roofline signal, of all ops. compiler_s: The compiler's cycles alone, or None.
     """
 
@@ -103,8 +105,9 @@ def predict_step(
     t_op = the compiler's cycles / clock where it gives them, else
     max(product flops / peak, elementwise flops / vector peak, HBM bytes / bandwidth) + launch.
 
-    Assumes that ops run one after the other and that collectives hide behind them; the interval's upper
-    end assumes that none does. Ignores host input, latency of collectives, and what cost leaves unpriced.
+    Assumes that ops run one after the other and that collectives hide behind them; the interval's
+    upper end assumes that none does. Ignores host input, latency of collectives, and what cost
+    leaves unpriced.
 
     Args:
       cost: What one device does in one step, from `price_module`.
@@ -119,7 +122,7 @@ def predict_step(
     Source: Williams et al., "Roofline", CACM 2009.
     """
     peaks = device_peaks(target, cpu_peaks)
-    terms = dict.fromkeys(("compute", "memory", "launch"), 0.0)
+    terms: dict[str, float] = dict.fromkeys(("compute", "memory", "launch"), 0.0)
     chip_s = hlo_s = cycles_s = 0.0
     for op in cost.ops:
         roofline_s, bound = _roofline(op, peaks, target)
@@ -167,7 +170,7 @@ def _roofline(op: OpCost, peaks: Peaks, target: Target) -> tuple[float, str]:
 
 
 def _product_dtype(op: OpCost) -> str:
-    """The narrowest floating dtype that the op computes in: products are no wider than what is round them."""
+    """The narrowest floating dtype in the op: products are no wider than what is round them."""
     present = {dtype for dtype, flops in op.flops if flops}
     known = [name for short, name in _DTYPES.items() if short in present]
     return known[0] if known else min(present)

@@ -31,7 +31,8 @@ def render_page(title: str, about: str, records: Sequence[Record]) -> str:
         signal_table(comparisons),
         overhead_table(records),
     ]
-    head = f"# {title}\n\n{about}\n\n{len(records)} records. Made with {', '.join(sorted(versions))}.\n"
+    made_with = ", ".join(sorted(versions))
+    head = f"# {title}\n\n{about}\n\n{len(records)} records. Made with {made_with}.\n"
     return head + "".join(_render(table) for table in tables)
 
 

@@ -79,7 +79,8 @@ def _speed_cell(cells: dict[tuple[str, str], Record], name: str, base: str, targ
 def _failure_cell(record: Record) -> str:
     failure = record.failure or {}
     if failure.get("needed_bytes"):
-        return f"needs {failure['needed_bytes'] / 2**30:.1f} of {failure['available_bytes'] / 2**30:.1f} GiB"
+        needed, there = (failure[key] / 2**30 for key in ("needed_bytes", "available_bytes"))
+        return f"needs {needed:.1f} of {there:.1f} GiB"
     return f"failed: {failure.get('error')}"
 
 
@@ -111,7 +112,8 @@ def signal_table(comparisons: Sequence[Comparison]) -> Table:
         header=("pair", "target", "model FLOPs", "hlo", "compiler", "measured", "verdict"),
         rows=tuple(rows),
         notes=(
-            "model: FLOPs of the mathematics, second over first. hlo: our roofline over the compiled program. "
+            "model: FLOPs of the mathematics, second over first. hlo: our roofline over the "
+            "compiled program. "
             "compiler: its own cycles (XLA:TPU only).",
         ),
     )
@@ -142,8 +144,10 @@ def flip_table(comparisons: Sequence[Comparison]) -> Table:
         header=("evidence", "one side wins", "the other wins"),
         rows=tuple(rows),
         notes=(
-            f"{len(proven)} proven, {len(hints)} leaning so without enough evidence. Of {len(comparisons)} comparisons "
-            f"{open_ones} are inconclusive. Proof on a target is a measurement, or hlo and compiler agreeing beyond "
+            f"{len(proven)} proven, {len(hints)} leaning so without enough evidence. Of "
+            f"{len(comparisons)} comparisons "
+            f"{open_ones} are inconclusive. Proof on a target is a measurement, or hlo and "
+            f"compiler agreeing beyond "
             "their known errors.",
         ),
     )

@@ -30,7 +30,7 @@ def print_tables(tables: Sequence[Table]) -> None:
 
 @contextlib.contextmanager
 def progress_line() -> Iterator[Callable[[str, int, int], None]]:
-    """Yields `progress(what, done, total)`, which rewrites one line of stderr if that is a terminal."""
+    """Yields `progress(what, done, total)`, which rewrites a line of stderr on a terminal."""
     started = time.monotonic()
     shown = sys.stderr.isatty()
 

@@ -1,0 +1,3 @@
+"""A Python file that is no candidate file."""
+
+VALUE = 1

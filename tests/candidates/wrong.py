@@ -1,0 +1,3 @@
+"""A candidate file whose candidates are none."""
+
+CANDIDATES = ("tiny-cpu-wide", "tiny-cpu-deep")
