@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,9 @@ def _interrupts_later() -> Iterator[None]:
 def _work(job: Job, sender: Connection, log: str, parent: int) -> None:
     """The worker's whole life."""
     os.setpgid(0, 0)
+    # The fork server ends when the last holder of this pipe does. Each worker inherits it: with it
+    # open, workers would keep the server, and so themselves, alive after the user's process dies.
+    os.close(forkserver._forkserver._forkserver_alive_fd)  # pyright: ignore
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if not psutil.pid_exists(parent):

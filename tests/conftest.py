@@ -1,0 +1,20 @@
+"""What every test runs under: the compilers' environment, 8 CPU devices, a cache of its own."""
+
+import os
+
+import pytest
+
+from jaxbench.compiler import apply_environment
+
+apply_environment()
+
+import jax  # noqa: E402  (reads the environment when it is imported)
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keeps what the real compilers made beside pytest's own cache, for the next run."""
+    cache = config.cache
+    assert cache is not None
+    os.environ["JAXBENCH_CACHE"] = str(cache.mkdir("jaxbench"))
