@@ -1,8 +1,10 @@
 """What the tests of the workers let them do. Workers import it by name."""
 
+import inspect
 import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -76,6 +78,13 @@ def kill(number: int) -> None:
     """Ends by a signal."""
     os.kill(os.getpid(), number)
     time.sleep(60)
+
+
+def send_half() -> None:
+    """Ends in the middle of sending its result."""
+    sender = inspect.stack()[1].frame.f_locals["sender"]
+    os.write(sender.fileno(), struct.pack("!i", 1000) + b"the first of a thousand bytes")
+    os._exit(1)
 
 
 def ignore_and_sleep(file: str) -> None:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,17 +45,11 @@ def alive(pids: list[int]) -> list[int]:
         try:
             if process.status() == psutil.STATUS_ZOMBIE:
                 continue
-            if process.pid in pids or _group(process.pid) in pids:
+            if process.pid in pids or os.getpgid(process.pid) in pids:
                 left.append(process.pid)
         except (psutil.Error, ProcessLookupError):
             continue
     return left
-
-
-def _group(pid: int) -> int:
-    import os
-
-    return os.getpgid(pid)
 
 
 def read_pids(file: Path) -> list[int]:
@@ -141,6 +136,12 @@ def test_run_jobs_exit_without_result_becomes_crash_with_its_code() -> None:
     failure = run_one(job("leave", code=7))
     assert failure.error == "Crash"
     assert "exit code 7" in failure.text
+
+
+def test_run_jobs_half_sent_result_becomes_crash() -> None:
+    failure = run_one(job("send_half"))
+    assert failure.error == "Crash"
+    assert "exit code 1" in failure.text
 
 
 def test_run_jobs_time_limit_ends_worker_and_child(tmp_path: Path) -> None:
