@@ -21,20 +21,21 @@ A candidate is one network with one workload, written once in Flax NNX:
         ),
     )
 
-`jaxbench run my_net.py --targets tpu-v6e:4x4,gpu-h100:8` compiles its whole training step with the real
-compilers, prices the compiled program and predicts the step; on the CPU, `--measure` times it.
+`jaxbench run my_net.py --targets tpu-v6e:4x4,gpu-h100:8` compiles its whole training step with the
+real compilers, prices the compiled program and predicts the step; on the CPU, `--measure` times it.
 
 Candidates with the same `base` are rivals: choices for the same place, held to be equally valid.
-Parameters carry logical axes (`nnx.with_partitioning`); a layout maps them to the mesh:
+Parameters carry logical axes (`nnx.with_partitioning`), activations may (`constrain`); a layout
+maps them to the mesh:
 
     batch -> data, fsdp    embed, conv_out -> fsdp    mlp, heads, kv_heads, vocab -> tensor
 
 Modules carry `@jax.named_scope`, so that the compiled program can be read by module.
 
-The stages, each a file: candidate, layout, target, program, compiler, hlo/, cost, network, predict/,
-measure, record, compare, report/; `evaluate` strings them together in a worker, `run` runs many.
+The stages, each a file: candidate, layout, target, program, compiler, hlo/, cost, network,
+predict/, measure, record, compare, report/; `evaluate` strings them together in a worker, `run` runs many.
 """
 
-from jaxbench.candidate import Candidate, Input, Workload
+from jaxbench.candidate import Candidate, Input, Workload, constrain
 
-__all__ = ["Candidate", "Input", "Workload"]
+__all__ = ["Candidate", "Input", "Workload", "constrain"]

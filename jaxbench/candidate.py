@@ -1,6 +1,6 @@
 """Candidates: a network, its configuration and the work it is asked to do, as plain data.
 
-Imports no JAX, so that the process the user started can hold candidates' descriptions cheaply.
+Importing it imports no JAX, so that the process the user started can hold descriptions cheaply.
 A candidate file is any Python file with a module-level tuple `CANDIDATES`.
 """
 
@@ -99,3 +99,20 @@ class Candidate:
             "validity": self.validity,
             "source": self.source,
         }
+
+
+def constrain(x: Any, axes: tuple[str | None, ...]) -> Any:
+    """Asks the partitioner to split an activation by its logical axes, such as ("batch", None).
+
+    Does nothing outside `flax.nnx.logical_axis_rules`. Flax Linen's function for this does nothing in
+    a process whose own devices are CPUs, as those of every compile process are; left alone, the
+    partitioner may do all of attention on every device.
+    """
+    from flax.core.spmd import get_logical_axis_rules
+    from jax.lax import with_sharding_constraint
+    from jax.sharding import PartitionSpec
+
+    rules = dict(get_logical_axis_rules() or ())
+    if not rules:
+        return x
+    return with_sharding_constraint(x, PartitionSpec(*(rules.get(axis) for axis in axes)))

@@ -32,10 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Float, Int
 
-from jaxbench.candidate import Candidate, Input, Workload
+from jaxbench.candidate import Candidate, Input, Workload, constrain
 
 DTYPE = jnp.bfloat16
 
@@ -231,7 +230,7 @@ class Stages(nnx.Module):
         for blocks in self.stages:
             for block in blocks:
                 x = block(x)
-            x = with_logical_constraint(x, ("batch", None, None, None))
+            x = constrain(x, ("batch", None, None, None))
             outputs.append(x)
         return outputs
 
@@ -286,14 +285,14 @@ class BevNet(nnx.Module):
 
     @jax.named_scope("bev_net")
     def __call__(self, images: Float[Array, "B N I J 3"], edge: int) -> Float[Array, "B X Y"]:
-        images = with_logical_constraint(images, ("batch", None, None, None, None))
+        images = constrain(images, ("batch", None, None, None, None))
         depth, context = self.camera(images)
         cells = rig_cells(
             self.config, num_cameras=depth.shape[1], num_columns=depth.shape[3], edge=edge
         )
         lifted = LIFTS[self.config.lift](depth, context, cells, edge * edge)
         grid = lifted.reshape(-1, edge, edge, lifted.shape[-1])
-        return self.bev(with_logical_constraint(grid, ("batch", None, None, None)))
+        return self.bev(constrain(grid, ("batch", None, None, None)))
 
 
 def _pointwise(num_in: int, num_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:

@@ -30,10 +30,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Float
 
-from jaxbench.candidate import Candidate, Input, Workload
+from jaxbench.candidate import Candidate, Input, Workload, constrain
 
 DTYPE = jnp.bfloat16
 
@@ -166,7 +165,7 @@ class Stage(nnx.Module):
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 F"]:
         for block in self.blocks:
             x = block(x)
-        return with_logical_constraint(x, ("batch", None, None, None))
+        return constrain(x, ("batch", None, None, None))
 
 
 class Head(nnx.Module):
@@ -192,7 +191,7 @@ class ConvNet(nnx.Module):
 
     @jax.named_scope("convnet")
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B K"]:
-        images = with_logical_constraint(images, ("batch", None, None, None))
+        images = constrain(images, ("batch", None, None, None))
         with jax.named_scope("stem"):
             x = self.stem(images)
         for stage in self.stages:

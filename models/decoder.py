@@ -15,10 +15,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from flax.linen.spmd import with_logical_constraint
 from jaxtyping import Array, Float, Int
 
-from jaxbench.candidate import Candidate, Input, Workload
+from jaxbench.candidate import Candidate, Input, Workload, constrain
 
 DTYPE = jnp.bfloat16
 
@@ -102,6 +101,10 @@ class Attention(nnx.Module):
             jnp.einsum("BTD,DNH->BTNH", x, weight[...].astype(DTYPE))
             for weight in (self.query, self.key, self.value)
         )
+        # Without these the partitioner may do all of attention on every device.
+        query = constrain(query, ("batch", None, "heads", None))
+        key = constrain(key, ("batch", None, "kv_heads", None))
+        value = constrain(value, ("batch", None, "kv_heads", None))
         query, key = rotate(query, self.theta), rotate(key, self.theta)
         B, T, N, H = query.shape
         query = query.reshape(B, T, key.shape[2], N // key.shape[2], H)
@@ -139,7 +142,7 @@ class Layer(nnx.Module):
 
     @jax.named_scope("layer")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x = with_logical_constraint(x, ("batch", None, None))
+        x = constrain(x, ("batch", None, None))
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.mlp_norm(x))
 
@@ -172,7 +175,7 @@ class Decoder(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
         table = self.table[...].astype(DTYPE)
         with jax.named_scope("embed"):
-            x = with_logical_constraint(table[tokens], ("batch", None, None))
+            x = constrain(table[tokens], ("batch", None, None))
         apply = nnx.remat(_apply_layer) if self.config.remat == "full" else _apply_layer
         if self.config.layers == "scan":
             loop = nnx.scan(
@@ -192,7 +195,7 @@ class Decoder(nnx.Module):
 def token_loss(module: Decoder, batch: dict[str, Any]) -> Float[Array, ""]:
     """Mean cross-entropy of the next token, softmax in float32; `batch["tokens"]` is [B, T + 1]."""
     tokens = batch["tokens"]
-    logits = with_logical_constraint(module(tokens[:, :-1]), ("batch", None, "vocab"))
+    logits = constrain(module(tokens[:, :-1]), ("batch", None, "vocab"))
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)

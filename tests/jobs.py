@@ -13,7 +13,9 @@ from typing import Any
 
 from jaxbench.errors import LayoutError
 
-_EAT = "import time\neaten = []\nwhile True:\n    eaten.append(b'x' * 2**26)\n    time.sleep(0.03)\n"
+_EAT = (
+    "import time\neaten = []\nwhile True:\n    eaten.append(b'x' * 2**26)\n    time.sleep(0.03)\n"
+)
 
 
 def add(one: int, other: int) -> int:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,15 +103,21 @@ def test_write_entry_folder_that_is_a_file_names_the_path(
         raise AssertionError("entered without the lock")
 
 
-def test_read_entry_folder_that_is_a_file_is_absent_or_named(
+def test_read_entry_folder_that_is_a_file_is_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("JAXBENCH_CACHE", str(tmp_path / "file" / "cache"))
-    try:
-        assert read_entry("kind", KEY) is None
-    except StorageError as error:
-        assert f"{tmp_path}/file/cache" in str(error)
+    assert read_entry("kind", KEY) is None
+
+
+def test_read_entry_unreadable_names_the_path(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_entry("kind", KEY, b"payload")
+    monkeypatch.setattr(Path, "read_bytes", failing(errno.EACCES))
+    with pytest.raises(StorageError, match=f"{folder}.*Permission denied"):
+        read_entry("kind", KEY)
 
 
 @pytest.mark.parametrize("call", ["replace", "mkdir"])
@@ -143,16 +150,22 @@ def test_write_entry_full_disk_keeps_the_entry_that_was_there(
     assert read_entry("kind", KEY) == b"old"
 
 
-def test_write_entry_truly_full_device_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    import tempfile
+def test_write_entry_disk_full_in_the_middle_leaves_nothing_behind(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = tempfile.NamedTemporaryFile
 
-    def full(**_: Any) -> Any:
-        return open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+    def make_full(**options: Any) -> Any:
+        file = make(**options)
+        file.write(b"the first bytes")
+        monkeypatch.setattr(file, "write", failing(errno.ENOSPC), raising=False)
+        return file
 
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", full)
-    monkeypatch.setattr(Path, "unlink", lambda self, missing_ok=False: None)
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", make_full)
     with pytest.raises(StorageError, match="No space left on device"):
         write_entry("kind", KEY, b"payload")
+    assert [path for path in folder.rglob("*") if path.is_file()] == []
+    assert read_entry("kind", KEY) is None
 
 
 def test_storage_errors_lets_other_errors_through() -> None:

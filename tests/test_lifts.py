@@ -98,14 +98,25 @@ def test_lifts_each_pair_agree_in_value_and_gradient() -> None:
             np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * float(jnp.abs(want).max()))
 
 
+SMALL = decoder.DecoderConfig(
+    num_layers=3,
+    embed_dim=128,
+    mlp_dim=256,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=32,
+    vocab_size=512,
+    remat="none",
+)
+
+
 def decoders() -> tuple[decoder.Decoder, decoder.Decoder]:
     """A decoder with its layers written out, and one that loops over the same parameters."""
-    config = next(c.config for c in decoder.CANDIDATES if c.name == "decoder-cpu-unrolled")
     with nnx.use_eager_sharding(False):
-        unrolled = decoder.Decoder(config, nnx.Rngs(0))
-        scanned = decoder.Decoder(dataclasses.replace(config, layers="scan"), nnx.Rngs(1))
-    values = nnx.to_pure_dict(nnx.state(unrolled, nnx.Param))
-    nnx.update(scanned, _stacked(values))
+        unrolled = decoder.Decoder(dataclasses.replace(SMALL, layers="unroll"), nnx.Rngs(0))
+        scanned = decoder.Decoder(dataclasses.replace(SMALL, layers="scan"), nnx.Rngs(1))
+        values = nnx.to_pure_dict(nnx.state(unrolled, nnx.Param))
+        nnx.update(scanned, _stacked(values))
     return unrolled, scanned
 
 
@@ -116,7 +127,7 @@ def _stacked(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _loss_and_gradient(module: decoder.Decoder) -> tuple[float, dict[str, Any]]:
-    tokens = jax.random.randint(jax.random.key(2), (2, 33), 0, 1024)
+    tokens = jax.random.randint(jax.random.key(2), (2, 33), 0, SMALL.vocab_size)
     loss, gradient = nnx.jit(nnx.value_and_grad(decoder.token_loss))(module, {"tokens": tokens})
     return float(loss), nnx.to_pure_dict(gradient)
 
@@ -124,11 +135,11 @@ def _loss_and_gradient(module: decoder.Decoder) -> tuple[float, dict[str, Any]]:
 @pytest.mark.parametrize(
     ("dtype", "tolerance"),
     [
-        # Proof of T0: in float32 only the order inside a product may differ, some 1e-6.
+        # The proof of T0: in float32 only the order inside a product may differ, some 1e-6.
         (jnp.float32, 1e-5),
-        # As it trains: XLA fuses the two differently and so rounds to bfloat16 (2^-8 = 4e-3) in
-        # other places. The loss averages over tokens; a gradient errs by a few roundings.
-        (jnp.bfloat16, 2e-2),
+        # As it trains. XLA fuses the two differently and rounds to bfloat16 in other places, each
+        # time by up to 2^-9; a dozen roundings a layer, of random sign, stay below 2^-6.
+        (jnp.bfloat16, 2**-6),
     ],
 )
 def test_decoder_scanned_and_unrolled_agree_in_loss_and_gradient(
@@ -138,10 +149,10 @@ def test_decoder_scanned_and_unrolled_agree_in_loss_and_gradient(
     unrolled, scanned = decoders()
     want_loss, want = _loss_and_gradient(unrolled)
     got_loss, got = _loss_and_gradient(scanned)
-    assert got_loss == pytest.approx(want_loss, rel=tolerance / 10)
-    for got_leaf, want_leaf in zip(
-        jax.tree.leaves(got), jax.tree.leaves(_stacked(want)), strict=True
-    ):
-        scale = float(jnp.abs(want_leaf).max())
-        print(dtype, got_leaf.shape, float(jnp.abs(got_leaf - want_leaf).max()) / scale)
-        np.testing.assert_allclose(got_leaf, want_leaf, rtol=0, atol=tolerance * scale)
+    # The loss is a mean over 64 tokens, which averages roundings further.
+    assert got_loss == pytest.approx(want_loss, rel=tolerance / 8)
+    pairs = zip(jax.tree.leaves(got), jax.tree.leaves(_stacked(want)), strict=True)
+    for got_leaf, want_leaf in pairs:
+        error = jnp.linalg.norm(got_leaf - want_leaf) / jnp.linalg.norm(want_leaf)
+        print(dtype, got_leaf.shape, error, got_loss - want_loss)
+        assert error < tolerance

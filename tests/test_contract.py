@@ -1,0 +1,299 @@
+"""What every candidate that ships must keep. A new family file is found and held to this as it is."""
+
+import collections
+import dataclasses
+import functools
+import importlib
+import inspect
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.extend import core
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from jaxbench import mathematics, program
+from jaxbench.candidate import Candidate
+from jaxbench.discovery import describe_candidates, family_modules, load_candidate
+from jaxbench.layout import RULES, Layout
+from jaxbench.program import Program, build_program
+
+NUM_DEVICES = 8
+NUM_STEPS = 8
+DATA = Layout(axes=(("data", NUM_DEVICES),))
+FSDP = Layout(axes=(("fsdp", NUM_DEVICES),))
+ONE = Layout(axes=(("data", 1),))
+
+DESCRIBED = {given["name"]: given for given in describe_candidates(family_modules())}
+NAMES = list(DESCRIBED)
+CPU_NAMES = [name for name in NAMES if DESCRIBED[name]["size"] == "cpu"]
+LOWERINGS = [
+    (name, layout, platform)
+    for name in NAMES
+    for layout in ("data", "fsdp")
+    for platform in ("tpu", "cuda")
+    # Lowering for a second platform and sharding parameters are the file's matter, not the size's.
+    if (layout == "data" or DESCRIBED[name]["family"] == "decoder")
+    and (platform == "tpu" or DESCRIBED[name]["size"] == "cpu")
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Built:
+    """A program and the jaxpr that it was lowered from."""
+
+    program: Program
+    jaxpr: Any
+
+
+def load(name: str) -> Candidate:
+    """The candidate with a batch that divides over the devices."""
+    candidate = load_candidate(DESCRIBED[name]["module"], name)
+    batch = candidate.workload.global_batch
+    workload = dataclasses.replace(
+        candidate.workload, global_batch=NUM_DEVICES if batch % NUM_DEVICES else batch
+    )
+    return dataclasses.replace(candidate, workload=workload)
+
+
+def abstract_mesh(layout: Layout) -> AbstractMesh:
+    names, sizes = zip(*layout.axes, strict=True)
+    return AbstractMesh(sizes, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+def real_mesh(layout: Layout) -> Mesh:
+    names, sizes = zip(*layout.axes, strict=True)
+    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
+    return Mesh(devices, names, axis_types=(AxisType.Auto,) * len(names))
+
+
+@functools.cache
+def build(name: str, layout: Layout, platform: str) -> Built:
+    """Traces and lowers for absent devices, once for all tests, and keeps the jaxpr."""
+    counted: list[Any] = []
+
+    def count(trace: Any, jaxpr: Any) -> Any:
+        counted.append(jaxpr)
+        return mathematics.count_mathematics(trace, jaxpr)
+
+    with mock.patch.object(program, "count_mathematics", count):
+        built = build_program(load(name), layout, abstract_mesh(layout), platform)
+    return Built(built, counted[0])
+
+
+@functools.cache
+def digest(name: str, changes: tuple[tuple[str, Any], ...] = ()) -> str:
+    """The program's identity on one device, with config fields changed."""
+    candidate = load(name)
+    config = dataclasses.replace(candidate.config, **dict(changes))
+    changed = dataclasses.replace(candidate, config=config)
+    return build_program(changed, ONE, abstract_mesh(ONE), "cpu").sha256
+
+
+# --- What a candidate says of itself ---
+
+
+def test_discovery_finds_the_three_families() -> None:
+    assert {DESCRIBED[name]["family"] for name in NAMES} >= {"bev", "convnet", "decoder"}
+
+
+def test_names_over_all_families_are_unique() -> None:
+    names = [given["name"] for given in describe_candidates(family_modules())]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_name_is_family_size_change(name: str) -> None:
+    candidate = load(name)
+    assert re.fullmatch(rf"{candidate.family}-{candidate.size}-[a-z0-9]+", name)
+    assert DESCRIBED[name]["module"] == f"jaxbench.models.{candidate.family}"
+    assert candidate.size in {"cpu", "paper"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_base_exists_and_is_its_own_base(name: str) -> None:
+    candidate = load(name)
+    assert candidate.base in NAMES
+    base = load(candidate.base)
+    assert base.base == base.name
+    assert (base.family, base.size) == (candidate.family, candidate.size)
+    is_base = candidate.name == candidate.base
+    assert (candidate.validity == "base") == is_base
+    assert (candidate.replaces == "") == is_base
+    assert candidate.source
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_rivals_do_the_same_work(name: str) -> None:
+    assert load(name).workload == load(load(name).base).workload
+
+
+@pytest.mark.parametrize("family", sorted({DESCRIBED[name]["family"] for name in NAMES}))
+def test_sizes_have_the_same_rivals(family: str) -> None:
+    changes = collections.defaultdict(set)
+    for name in NAMES:
+        if DESCRIBED[name]["family"] == family:
+            changes[DESCRIBED[name]["size"]].add(name.split("-")[2])
+    assert changes["cpu"] == changes["paper"]
+
+
+# --- What it is before any device is known ---
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_carry_logical_axes_that_layouts_know(name: str) -> None:
+    candidate = load(name)
+    with nnx.use_eager_sharding(False):
+        module = nnx.eval_shape(lambda: candidate.build(candidate.config, nnx.Rngs(params=0)))
+    known = {logical for logical, _ in RULES} - {"batch"}
+    parameters = nnx.to_flat_state(nnx.state(module, nnx.Param))
+    assert parameters
+    for path, parameter in parameters:
+        axes = parameter.get_metadata().get("out_sharding")
+        if axes is None:
+            continue  # Flax's own initialisers name no axes: a bias of a few numbers is replicated
+        assert len(axes) == len(parameter.shape), path
+        assert set(axes) - {None} <= known, path
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_large_parameters_all_carry_logical_axes(name: str) -> None:
+    candidate = load(name)
+    with nnx.use_eager_sharding(False):
+        module = nnx.eval_shape(lambda: candidate.build(candidate.config, nnx.Rngs(params=0)))
+    for path, parameter in nnx.to_flat_state(nnx.state(module, nnx.Param)):
+        if len(parameter.shape) > 1:
+            assert parameter.get_metadata().get("out_sharding") is not None, path
+
+
+@pytest.mark.parametrize(("name", "layout", "platform"), LOWERINGS)
+def test_lowers_for_absent_devices(name: str, layout: str, platform: str) -> None:
+    built = build(name, {"data": DATA, "fsdp": FSDP}[layout], platform).program
+    assert f'sdy.mesh @mesh = <["{layout}"={NUM_DEVICES}]>' in built.lowered.as_text()
+    assert built.mathematics.flops > 0
+    # Sharding does not change what is computed, nor does the platform.
+    assert built.mathematics == build(name, DATA, "tpu").program.mathematics
+
+
+# --- What it computes ---
+
+
+def operations(jaxpr: Any, scopes: tuple[str, ...] = ()) -> Iterator[tuple[Any, str]]:
+    """Every equation, also in loops and calls, with the name stacks down to it."""
+    for equation in jaxpr.eqns:
+        inner = (*scopes, str(equation.source_info.name_stack))
+        yield equation, "/".join(filter(None, inner))
+        for value in equation.params.values():
+            for item in value if isinstance(value, tuple | list) else (value,):
+                if isinstance(item, core.ClosedJaxpr):
+                    yield from operations(item.jaxpr, inner)
+                elif isinstance(item, core.Jaxpr):
+                    yield from operations(item, inner)
+
+
+def products(name: str) -> list[tuple[Any, str]]:
+    found = [
+        (equation, stack)
+        for equation, stack in operations(build(name, DATA, "tpu").jaxpr.jaxpr)
+        if equation.primitive.name in ("dot_general", "conv_general_dilated")
+    ]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_product_lies_in_a_scope_of_a_part(name: str) -> None:
+    source = inspect.getsource(importlib.import_module(DESCRIBED[name]["module"]))
+    scopes = set(re.findall(r'named_scope\("(\w+)"\)', source))
+    for equation, stack in products(name):
+        inside = [part for part in re.split(r"[/()]+", stack) if part in scopes]
+        # The outermost scope is the whole network, which tells nothing.
+        assert len(inside) >= 2, f"{equation.primitive.name} at {stack!r}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_product_is_in_the_workloads_dtype(name: str) -> None:
+    dtype = np.dtype(load(name).workload.dtype)
+    for equation, stack in products(name):
+        dtypes = {np.dtype(operand.aval.dtype) for operand in equation.invars}
+        assert dtypes == {dtype}, f"{equation.primitive.name} at {stack!r}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_step_never_calls_back_to_the_host(name: str) -> None:
+    found = {eqn.primitive.name for eqn, _ in operations(build(name, DATA, "tpu").jaxpr.jaxpr)}
+    assert not [primitive for primitive in found if "callback" in primitive]
+
+
+@functools.cache
+def train(name: str, layout: Layout) -> tuple[float, ...]:
+    """Losses of `NUM_STEPS` steps on one batch, on CPU devices."""
+    built = build_program(load(name), layout, real_mesh(layout), "cpu")
+    executable = built.lowered.compile()
+    arguments = jax.jit(built.init)(jax.random.key(0))
+    state, batch = jax.device_put(arguments, executable.input_shardings[0])
+    losses = []
+    for _ in range(NUM_STEPS):
+        state, loss = executable(state, batch)
+        losses.append(float(loss))
+    return tuple(losses)
+
+
+@pytest.mark.parametrize("name", CPU_NAMES)
+def test_step_over_8_devices_gives_the_loss_of_one(name: str) -> None:
+    one, many = train(name, ONE), train(name, FSDP)
+    print(one, many)
+    assert many[0] == pytest.approx(one[0], rel=2e-3)
+
+
+@pytest.mark.parametrize("name", CPU_NAMES)
+@pytest.mark.parametrize("layout", [ONE, FSDP], ids=["one", "fsdp"])
+def test_eight_steps_reduce_the_loss(name: str, layout: Layout) -> None:
+    losses = train(name, layout)
+    assert losses[-1] < losses[0]
+
+
+# --- What its config changes ---
+
+
+def other(value: Any, hint: Any) -> Any:
+    """Another allowed value of a config field: the next literal, not, or the double."""
+    if typing.get_origin(hint) is Literal:
+        allowed = typing.get_args(hint)
+        return allowed[(allowed.index(value) + 1) % len(allowed)]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, tuple):
+        return tuple(2 * item for item in value)
+    return 2 * value
+
+
+def changed_fields() -> list[tuple[str, str]]:
+    """Every field of a base; of a variant, those in which it differs from its base."""
+    cases = []
+    for name in CPU_NAMES:
+        config, base = DESCRIBED[name]["config"], DESCRIBED[DESCRIBED[name]["base"]]["config"]
+        is_base = DESCRIBED[name]["base"] == name
+        cases += [(name, field) for field in config if is_base or config[field] != base[field]]
+    return cases
+
+
+@pytest.mark.parametrize(("name", "field"), changed_fields())
+def test_config_field_changes_the_program(name: str, field: str) -> None:
+    config = load(name).config
+    hint = typing.get_type_hints(type(config))[field]
+    value = other(getattr(config, field), hint)
+    assert digest(name, ((field, value),)) != digest(name)
+
+
+@pytest.mark.parametrize("name", CPU_NAMES)
+def test_rivals_are_different_programs(name: str) -> None:
+    rivals = [other for other in CPU_NAMES if DESCRIBED[other]["base"] == DESCRIBED[name]["base"]]
+    assert len({digest(rival) for rival in rivals}) == len(rivals)
