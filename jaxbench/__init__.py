@@ -33,7 +33,8 @@ maps them to the mesh:
 Modules carry `@jax.named_scope`, so that the compiled program can be read by module.
 
 The stages, each a file: candidate, layout, target, program, compiler, hlo/, cost, network,
-predict/, measure, record, compare, report/; `evaluate` strings them together in a worker, `run` runs many.
+predict/, measure, record, compare, report/. `evaluate` strings them together in a worker, and
+`run` runs many.
 """
 
 from jaxbench.candidate import Candidate, Input, Workload, constrain

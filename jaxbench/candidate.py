@@ -104,9 +104,9 @@ class Candidate:
 def constrain(x: Any, axes: tuple[str | None, ...]) -> Any:
     """Asks the partitioner to split an activation by its logical axes, such as ("batch", None).
 
-    Does nothing outside `flax.nnx.logical_axis_rules`. Flax Linen's function for this does nothing in
-    a process whose own devices are CPUs, as those of every compile process are; left alone, the
-    partitioner may do all of attention on every device.
+    Does nothing outside `flax.nnx.logical_axis_rules`. Flax Linen's function for this does nothing
+    in a process whose own devices are CPUs, as those of every compile process are; left alone,
+    the partitioner may do all of attention on every device.
     """
     from flax.core.spmd import get_logical_axis_rules
     from jax.lax import with_sharding_constraint
@@ -115,4 +115,4 @@ def constrain(x: Any, axes: tuple[str | None, ...]) -> Any:
     rules = dict(get_logical_axis_rules() or ())
     if not rules:
         return x
-    return with_sharding_constraint(x, PartitionSpec(*(rules.get(axis) for axis in axes)))
+    return with_sharding_constraint(x, PartitionSpec(*(rules.get(axis or "") for axis in axes)))

@@ -50,7 +50,13 @@ def _mark_of(process: psutil.Process) -> str | None:
         return None
 
 
-def start(*command: Any, cache: Path, cwd: Path | None = None, **environment: str) -> Command:
+def start(
+    *command: Any,
+    cache: Path,
+    cwd: Path | None = None,
+    pass_fds: tuple[int, ...] = (),
+    **environment: str,
+) -> Command:
     """Starts a Python command in a session of its own, as a terminal would."""
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
@@ -61,6 +67,7 @@ def start(*command: Any, cache: Path, cwd: Path | None = None, **environment: st
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        pass_fds=pass_fds,
         start_new_session=True,
     )
     return Command(process=process, mark=mark)

@@ -1,4 +1,4 @@
-"""What every candidate that ships must keep. A new family file is found and held to this as it is."""
+"""What every shipped candidate keeps; a new family file is found and held to it as it is."""
 
 import collections
 import dataclasses
