@@ -20,24 +20,25 @@ Flops = tuple[tuple[str, int], ...]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What one execution of one op computes; `padded` is `flops` with matrix tiles filled up."""
+    """What one execution of one op computes; `products` are
+    those of `flops` in matrix products; `padded` is `flops` with matrix tiles filled up."""
 
     flops: Flops = ()
-    matmul: int = 0
+    products: Flops = ()
     padded: int = 0
 
     @staticmethod
     def of(dtype: str, flops: int, *, padded: int | None = None, matmul: bool = False) -> "Work":
         return Work(
             flops=((dtype, flops),) if flops else (),
-            matmul=flops if matmul else 0,
+            products=((dtype, flops),) if flops and matmul else (),
             padded=flops if padded is None else padded,
         )
 
     def __add__(self, other: "Work") -> "Work":
         return Work(
             flops=_merge(self.flops, other.flops),
-            matmul=self.matmul + other.matmul,
+            products=_merge(self.products, other.products),
             padded=self.padded + other.padded,
         )
 
@@ -58,6 +59,7 @@ class OpCost:
     count: int = 1
     flops: Flops = ()
     matmul_flops: int = 0
+    product_dtype: str = ""
     padded_flops: int = 0
     hbm_bytes: int = 0
     collective: str | None = None
@@ -362,15 +364,19 @@ def work_of(op: Op, mxu: int) -> tuple[Work, tuple[tuple[str, int], ...]]:
 def _fused_work(computation: Computation, mxu: int) -> tuple[Work, tuple[tuple[str, int], ...]]:
     flops: Counter[str] = Counter()
     unpriced: Counter[str] = Counter()
-    matmul = padded = 0
+    products: Counter[str] = Counter()
+    padded = 0
     for op in computation.ops:
         work, missing = work_of(op, mxu)
-        matmul, padded = matmul + work.matmul, padded + work.padded
+        products.update(dict(work.products))
+        padded += work.padded
         for dtype, amount in work.flops:
             flops[dtype] += amount
         for label, count in missing:
             unpriced[label] += count
-    work = Work(flops=tuple(sorted(flops.items())), matmul=matmul, padded=padded)
+    work = Work(
+        flops=tuple(sorted(flops.items())), products=tuple(sorted(products.items())), padded=padded
+    )
     return work, tuple(sorted(unpriced.items()))
 
 
@@ -508,7 +514,8 @@ class _Pricer:
             opcode=op.opcode.removesuffix("-start") if kind else op.opcode,
             scope=op.scope,
             flops=work.flops,
-            matmul_flops=work.matmul,
+            matmul_flops=sum(flops for _, flops in work.products),
+            product_dtype=max(work.products, key=lambda item: item[1])[0] if work.products else "",
             padded_flops=work.padded,
             hbm_bytes=hbm_bytes(op),
             collective=kind,

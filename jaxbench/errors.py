@@ -29,6 +29,10 @@ class UnknownPeakError(JaxbenchError):
     """A chip has no figure for something that a program uses."""
 
 
+class ImpossibleError(JaxbenchError):
+    """A prediction contradicts the chip's own figures."""
+
+
 class MeasureError(JaxbenchError):
     """A step ran, but what it gave cannot stand as a measurement."""
 

@@ -13,11 +13,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from jaxbench.cost import Cost, OpCost
+from jaxbench.errors import ImpossibleError
 from jaxbench.network import collective_s
 from jaxbench.signals import SIGNAL_ERROR
 from jaxbench.target import Chip, Target, chip_table
 
-# HLO's dtype names, narrowest first, as chips.toml names them.
+# HLO's dtype names, as chips.toml names them.
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 
 PREDICTOR = "sum-1"
@@ -118,6 +119,7 @@ def predict_step(
 
     Raises:
       UnknownPeakError: if the chip has no peak for a dtype or network that the program uses.
+      ImpossibleError: if the prediction is faster than the chip's peak allows.
 
     Source: Williams et al., "Roofline", CACM 2009.
     """
@@ -139,12 +141,18 @@ def predict_step(
     signal = "compiler" if cycles_s else "hlo"
     error = SIGNAL_ERROR[signal]
     peak = max(peaks.product_flops.values()) if target.kind == "cpu" else peaks.product_flops[dtype]
+    mfu = model_flops / (step_s * peak) if step_s else 0.0
+    if not 0 <= mfu <= 1:
+        raise ImpossibleError(
+            f"A step of {step_s:.3g} s would use {mfu:.0%} of {target.chip}'s peak: a figure in "
+            "chips.toml, the trip count of a loop or a rule is wrong. Please report the program."
+        )
     return Prediction(
         step_s=step_s,
         low_s=step_s / error,
         high_s=(chip_s + wire_s) * error,
         bound=max(terms, key=lambda name: terms[name]),
-        mfu=model_flops / (step_s * peak) if step_s else 0.0,
+        mfu=mfu,
         terms=tuple(terms.items()),
         hlo_s=max(hlo_s, wire_s),
         compiler_s=max(cycles_s, wire_s) if cycles_s else None,
@@ -158,9 +166,7 @@ def _roofline(op: OpCost, peaks: Peaks, target: Target) -> tuple[float, str]:
     """Returns (seconds over all its executions, what bounds them)."""
     elementwise = sum(flops for _, flops in op.flops) - op.matmul_flops
     products = op.padded_flops - elementwise
-    compute = (
-        products / _product_peak(peaks, _product_dtype(op), target) if op.matmul_flops else 0.0
-    )
+    compute = products / _product_peak(peaks, op.product_dtype, target) if products else 0.0
     vector = elementwise / peaks.vector_flops
     memory = op.hbm_bytes / peaks.hbm_bytes_per_s
     launch = peaks.launch_s * op.count
@@ -169,14 +175,8 @@ def _roofline(op: OpCost, peaks: Peaks, target: Target) -> tuple[float, str]:
     return max(compute, vector, memory) + launch, bound
 
 
-def _product_dtype(op: OpCost) -> str:
-    """The narrowest floating dtype in the op: products are no wider than what is round them."""
-    present = {dtype for dtype, flops in op.flops if flops}
-    known = [name for short, name in _DTYPES.items() if short in present]
-    return known[0] if known else min(present)
-
-
-def _product_peak(peaks: Peaks, dtype: str, target: Target) -> float:
+def _product_peak(peaks: Peaks, hlo_dtype: str, target: Target) -> float:
+    dtype = _DTYPES.get(hlo_dtype, hlo_dtype)
     if dtype not in peaks.product_flops:
         return chip_table()[target.chip].peak(dtype)
     return peaks.product_flops[dtype]
