@@ -21,6 +21,8 @@ from jaxbench.target import Chip, Target, chip_table
 # HLO's dtype names, as chips.toml names them.
 _DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
 
+_ROUNDING = 1e-9
+
 PREDICTOR = "sum-1"
 STATUS = "not yet validated"
 
@@ -142,7 +144,7 @@ def predict_step(
     error = SIGNAL_ERROR[signal]
     peak = max(peaks.product_flops.values()) if target.kind == "cpu" else peaks.product_flops[dtype]
     mfu = model_flops / (step_s * peak) if step_s else 0.0
-    if not 0 <= mfu <= 1:
+    if mfu > 1 + _ROUNDING:
         raise ImpossibleError(
             f"A step of {step_s:.3g} s would use {mfu:.0%} of {target.chip}'s peak: a figure in "
             "chips.toml, the trip count of a loop or a rule is wrong. Please report the program."
@@ -152,7 +154,7 @@ def predict_step(
         low_s=step_s / error,
         high_s=(chip_s + wire_s) * error,
         bound=max(terms, key=lambda name: terms[name]),
-        mfu=mfu,
+        mfu=min(mfu, 1.0),
         terms=tuple(terms.items()),
         hlo_s=max(hlo_s, wire_s),
         compiler_s=max(cycles_s, wire_s) if cycles_s else None,
