@@ -41,7 +41,7 @@ def parse(text: str) -> Any:
     def refuse(name: str) -> Any:
         raise AssertionError(f"{name} is not JSON")
 
-    return json.loads(text) #TEMP
+    return json.loads(text)  # TEMP
 
 
 def value_at(record: dict[str, Any], key: str) -> Any:
@@ -538,7 +538,13 @@ def test_cli_two_runs_into_one_folder_lose_and_double_nothing(tmp_path: Path) ->
     targets = "tpu-v5e,gpu-h100"
     runs = [
         start_jaxbench(
-            "run", TINY, "--targets", targets, "--json", "--out", tmp_path / "out",
+            "run",
+            TINY,
+            "--targets",
+            targets,
+            "--json",
+            "--out",
+            tmp_path / "out",
             cache=tmp_path / "cache",
         )  # fmt: skip
         for _ in range(2)
