@@ -2,8 +2,8 @@
 
     python benchmarks/first_run.py
 
-Everything happens in a new folder with an empty compile cache; uv's own package cache is used as it is, so
-the installation is a download only where that is empty. Prints one line a figure.
+Everything happens in a new folder with an empty compile cache; uv's own package cache is used as
+it is, so the installation is a download only where that is empty. Prints one line a figure.
 """
 
 from __future__ import annotations

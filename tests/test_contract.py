@@ -27,6 +27,8 @@ from jaxbench.program import Program, build_program
 
 NUM_DEVICES = 8
 NUM_STEPS = 8
+# LLVM unoptimised: most of the time would go into code that runs a few times.
+QUICK = {"xla_backend_optimization_level": 0}
 DATA = Layout(axes=(("data", NUM_DEVICES),))
 FSDP = Layout(axes=(("fsdp", NUM_DEVICES),))
 ONE = Layout(axes=(("data", 1),))
@@ -236,8 +238,8 @@ def test_step_never_calls_back_to_the_host(name: str) -> None:
 def train(name: str, layout: Layout) -> tuple[float, ...]:
     """Losses of `NUM_STEPS` steps on one batch, on CPU devices."""
     built = build_program(load(name), layout, real_mesh(layout), "cpu")
-    executable = built.lowered.compile()
-    arguments = jax.jit(built.init)(jax.random.key(0))
+    executable = built.lowered.compile(compiler_options=QUICK)
+    arguments = jax.jit(built.init, compiler_options=QUICK)(jax.random.key(0))
     state, batch = jax.device_put(arguments, executable.input_shardings[0])
     losses = []
     for _ in range(NUM_STEPS):

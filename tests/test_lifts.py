@@ -112,12 +112,18 @@ SMALL = decoder.DecoderConfig(
 
 def decoders() -> tuple[decoder.Decoder, decoder.Decoder]:
     """A decoder with its layers written out, and one that loops over the same parameters."""
+    draw = np.random.default_rng(3).standard_normal
+    modules = []
     with nnx.use_eager_sharding(False):
-        unrolled = decoder.Decoder(dataclasses.replace(SMALL, layers="unroll"), nnx.Rngs(0))
-        scanned = decoder.Decoder(dataclasses.replace(SMALL, layers="scan"), nnx.Rngs(1))
-        values = nnx.to_pure_dict(nnx.state(unrolled, nnx.Param))
-        nnx.update(scanned, _stacked(values))
-    return unrolled, scanned
+        for layers in ("unroll", "scan"):
+            config = dataclasses.replace(SMALL, layers=layers)
+            modules.append(nnx.eval_shape(lambda: decoder.Decoder(config, nnx.Rngs(0))))  # noqa: B023
+        shapes = nnx.to_pure_dict(nnx.state(modules[0], nnx.Param))
+        # 0.1 is near 1 / sqrt(embed_dim), so that activations stay near 1.
+        values = jax.tree.map(lambda leaf: jnp.float32(0.1 * draw(leaf.shape)), shapes)
+        nnx.update(modules[0], values)
+        nnx.update(modules[1], _stacked(values))
+    return modules[0], modules[1]
 
 
 def _stacked(values: dict[str, Any]) -> dict[str, Any]:
@@ -128,7 +134,10 @@ def _stacked(values: dict[str, Any]) -> dict[str, Any]:
 
 def _loss_and_gradient(module: decoder.Decoder) -> tuple[float, dict[str, Any]]:
     tokens = jax.random.randint(jax.random.key(2), (2, 33), 0, SMALL.vocab_size)
-    loss, gradient = nnx.jit(nnx.value_and_grad(decoder.token_loss))(module, {"tokens": tokens})
+    graphdef, state = nnx.split(module)
+    step = jax.value_and_grad(lambda s: decoder.token_loss(nnx.merge(graphdef, s), batch))
+    batch = {"tokens": tokens}
+    loss, gradient = jax.jit(step)(state)
     return float(loss), nnx.to_pure_dict(gradient)
 
 
