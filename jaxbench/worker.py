@@ -30,6 +30,7 @@ from jaxbench.compiler import ENVIRONMENT
 from jaxbench.errors import Failure, JaxbenchError
 
 _POLL_S = 0.1
+_MEMORY_POLL_S = 0.5  # a look through /proc costs milliseconds
 _PR_SET_PDEATHSIG = 1
 
 
@@ -60,6 +61,7 @@ class _Running:
     receiver: Connection
     started: float
     log: Path
+    looked: float = 0.0
 
 
 def run_jobs(jobs: Sequence[Job], *, num_workers: int) -> Iterator[tuple[Job, Any]]:
@@ -196,7 +198,7 @@ def _poll(entry: _Running) -> tuple[bool, Any]:
         return True, _failure(
             "Timeout", f"stopped after {limit:.0f} s, the time limit; raise --limit-s", entry
         )
-    if _resident_bytes(entry.process.pid) > entry.job.limit_bytes:
+    if _is_too_large(entry):
         _kill(entry)
         gib = entry.job.limit_bytes / 2**30
         return True, _failure(
@@ -219,6 +221,14 @@ def _ended(entry: _Running) -> Failure:
 
 def _failure(error: str, text: str, entry: _Running) -> Failure:
     return Failure(stage="worker", error=error, text=f"{text}; log: {entry.log}")
+
+
+def _is_too_large(entry: _Running) -> bool:
+    now = time.monotonic()
+    if now - entry.looked < _MEMORY_POLL_S:
+        return False
+    entry.looked = now
+    return _resident_bytes(entry.process.pid) > entry.job.limit_bytes
 
 
 def _resident_bytes(pid: int) -> int:
