@@ -38,10 +38,11 @@ def key_of(*parts: Any) -> str:
 def read_entry(kind: str, key: str) -> bytes | None:
     """Returns the payload, or None where there is none or what lies there is damaged."""
     path = _path(kind, key)
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return None
+    with storage_errors(path):
+        try:
+            raw = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError):
+            return None
     digest, packed = raw[:_DIGEST_BYTES], raw[_DIGEST_BYTES:]
     if hashlib.sha256(packed).digest() != digest:
         path.unlink(missing_ok=True)

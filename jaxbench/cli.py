@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -93,17 +94,29 @@ def _add_work(parser: Any) -> None:
         "--out", type=Path, metavar="DIR", help="folder of records.jsonl (default out/NAME)"
     )
     parser.add_argument(
-        "--jobs", type=_positive, default=2, metavar="N", help="compilers side by side (default 2)"
+        "--jobs",
+        type=positive_integer,
+        default=2,
+        metavar="N",
+        help="compilers side by side (default 2)",
     )
     parser.add_argument(
-        "--limit-s", type=_positive, default=1800, metavar="S", help="wall limit of one compile"
+        "--limit-s",
+        type=positive_integer,
+        default=1800,
+        metavar="S",
+        help="wall limit of one compile",
     )
     parser.add_argument(
-        "--limit-gib", type=_positive, default=12, metavar="G", help="memory limit of one compile"
+        "--limit-gib",
+        type=positive_integer,
+        default=12,
+        metavar="G",
+        help="memory limit of one compile",
     )
 
 
-def _positive(text: str) -> int:
+def positive_integer(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
@@ -173,17 +186,22 @@ def _list(arguments: argparse.Namespace) -> int:
 def _show(arguments: argparse.Namespace, tables: dict[str, Any]) -> None:
     """Prints tables, or the values behind them."""
     if arguments.json:
-        print(json.dumps(tables["values"], default=_to_json))
+        print(json.dumps(_finite(tables["values"]), allow_nan=False))
         return
     from jaxbench.report.terminal import print_tables
 
     print_tables(tables["tables"])
 
 
-def _to_json(value: Any) -> Any:
+def _finite(value: Any) -> Any:
+    """Returns JSON-ready values; JSON has no infinity, so an open bound is null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
-    raise TypeError(f"{type(value).__name__} is not JSON-ready")
+        return _finite(dataclasses.asdict(value))
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -212,7 +230,7 @@ def _evaluate(arguments: argparse.Namespace, what: Sequence[str], name: str) -> 
         return run_named(
             what,
             out=arguments.out or Path("out") / name,
-            targets=arguments.targets.split(",") if arguments.targets else None,
+            targets=None if arguments.targets is None else arguments.targets.split(","),
             layout=arguments.layout,
             measure=arguments.measure,
             limits=limits,

@@ -140,7 +140,7 @@ def _incomparable(first: Record, second: Record) -> tuple[Verdict, str] | None:
 
 
 def _verdict(first: Record, second: Record, ratios: Sequence[Ratio]) -> tuple[Verdict, str]:
-    if first.hlo_sha256 == second.hlo_sha256:
+    if first.hlo_sha256 and first.hlo_sha256 == second.hlo_sha256:
         return "tie", "the compiler made the same program of both"
     by_signal = {ratio.signal: ratio for ratio in ratios}
     if measured := by_signal.get("measured"):
@@ -233,7 +233,7 @@ def _flips(comparisons: Iterable[Comparison], winner: object) -> list[Flip]:
     for comparison in comparisons:
         pair = (comparison.first, comparison.second)
         name = winner(comparison)  # type: ignore[operator]
-        if name and comparison.verdict != "tie":
+        if name and comparison.verdict not in ("tie", "not comparable"):
             wins.setdefault(pair, {}).setdefault(name, []).append(comparison.target)
     return [
         Flip(
@@ -251,6 +251,8 @@ def signal_agreement(comparisons: Iterable[Comparison]) -> dict[tuple[str, str],
     """Counts, for each two signals, (comparisons in which they agree in sign, all with both)."""
     counts: dict[tuple[str, str], tuple[int, int]] = {}
     for comparison in comparisons:
+        if comparison.verdict == "not comparable":
+            continue
         for one, other in itertools.combinations(
             [r for r in comparison.ratios if r.signal != "model"], 2
         ):

@@ -47,7 +47,7 @@ def parse_layout(text: str) -> Layout:
     axes = []
     for part in text.split(","):
         axis, _, size = part.strip().partition("=")
-        if axis not in MESH_AXES or (size and (not size.isdigit() or int(size) < 1)):
+        if axis not in MESH_AXES or (size and (not size.isdecimal() or int(size) < 1)):
             raise UsageError(
                 f"Layout {text!r} is wrong at {part.strip()!r}. Axes: {', '.join(MESH_AXES)}; "
                 "write fsdp, data, or sizes such as data=2,fsdp=8."

@@ -141,6 +141,11 @@ def read_records(folder: Path) -> list[Record]:
                     f"{SCHEMA}. "
                     "Use another folder, or the jaxbench that wrote it."
                 )
+            if set(values) != set(Record.__dataclass_fields__):
+                raise UsageError(
+                    f"{path} has a record whose keys are not those of schema {SCHEMA}: it was "
+                    "edited, or written by another jaxbench. Use another folder."
+                )
             record = Record(**values)
             if record.id not in found or found[record.id].is_lost:
                 found[record.id] = record

@@ -15,7 +15,7 @@ from typing import Any
 from jaxbench import cache
 from jaxbench.compiler import versions_for
 from jaxbench.discovery import family_modules
-from jaxbench.errors import CandidateError, Failure, JaxbenchError, LayoutError, UsageError
+from jaxbench.errors import CandidateError, Failure, LayoutError, UsageError
 from jaxbench.layout import parse_layout, resolve_layout
 from jaxbench.record import Record, append_record, read_records, record_id
 from jaxbench.suite import DEFAULT_TARGETS, Part, Suite, load_suite, suite_names
@@ -86,7 +86,9 @@ def run_named(
             )
     suites = [load_suite(name) for name in what if name in suite_names()]
     names = [name for name in what if name not in files and name not in suite_names()]
-    described = describe([*family_modules(), *(str(Path(name).resolve()) for name in files)])
+    described = describe(
+        [*family_modules(), *(str(Path(name).resolve()) for name in files)], limits
+    )
     _refuse_doubles(described)
     parts = [part for suite in suites for part in suite.parts]
     own = [
@@ -133,7 +135,7 @@ def check_writable(out: Path) -> None:
             pass
 
 
-def describe(sources: Sequence[str]) -> list[dict[str, Any]]:
+def describe(sources: Sequence[str], limits: Limits | None = None) -> list[dict[str, Any]]:
     """Describes the candidates of families or files; each user's file is read in its own worker.
 
     Raises:
@@ -144,11 +146,22 @@ def describe(sources: Sequence[str]) -> list[dict[str, Any]]:
         [source] for source in sources if source not in shipped
     ]
     described: list[dict[str, Any]] = []
+    limits = limits or Limits()
     for group in groups:
-        try:
-            described += call_in_worker("jaxbench.discovery:describe_candidates", sources=group)
-        except JaxbenchError as error:
-            raise CandidateError(str(error)) from error
+        job = Job(
+            name=group[0],
+            function="jaxbench.discovery:describe_candidates",
+            arguments={"sources": group},
+            limit_s=limits.limit_s,
+            limit_bytes=limits.limit_bytes,
+        )
+        ((_, result),) = run_jobs([job], num_workers=1)
+        if isinstance(result, Failure):
+            text = result.text
+            if result.error != "CandidateError":
+                text = f"{', '.join(group)} cannot be read: {text}"
+            raise CandidateError(text)
+        described += result
     return described
 
 

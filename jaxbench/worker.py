@@ -185,7 +185,7 @@ def _poll(entry: _Running) -> tuple[bool, Any]:
     if entry.receiver.poll():
         try:
             result = entry.receiver.recv()
-        except EOFError:
+        except (EOFError, OSError):  # it ended before, or in the middle of, its result
             return True, _ended(entry)
         entry.process.join(timeout=5)
         _kill(entry)

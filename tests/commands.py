@@ -1,5 +1,6 @@
 """Running the command line as its users do: in processes of its own, on a cache of its own."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -36,6 +37,14 @@ class Command:
         stdout, stderr = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, stdout, stderr
 
+    def end(self) -> None:
+        """Ends whatever is left of it, for a test that goes wrong."""
+        for process in self.left():
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        with contextlib.suppress(ValueError):  # its pipes were read to their end before
+            self.process.communicate()
+
     def left(self) -> list[psutil.Process]:
         """Returns the processes that carry the mark and still run."""
         return [process for process in psutil.process_iter() if _mark_of(process) == self.mark]
@@ -46,7 +55,7 @@ def _mark_of(process: psutil.Process) -> str | None:
         if process.status() == psutil.STATUS_ZOMBIE:
             return None
         return process.environ().get(_MARK)
-    except psutil.Error:
+    except (psutil.Error, ProcessLookupError):  # psutil lets the second through now and then
         return None
 
 
@@ -81,8 +90,11 @@ def start_jaxbench(*arguments: Any, cache: Path, cwd: Path | None = None) -> Com
 def jaxbench(*arguments: Any, cache: Path, cwd: Path | None = None) -> tuple[int, str, str]:
     """Runs `jaxbench ARGUMENTS`; returns its exit code, stdout and stderr. It leaves no process."""
     command = start_jaxbench(*arguments, cache=cache, cwd=cwd)
-    result = command.finish()
-    wait_for(lambda: not command.left(), timeout_s=5)
+    try:
+        result = command.finish()
+        wait_for(lambda: not command.left(), timeout_s=5)
+    finally:
+        command.end()
     return result
 
 

@@ -291,7 +291,7 @@ def hlo(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, bytes]]
     cache = request.config.cache
     assert cache is not None
     folder = pathlib.Path(cache.mkdir(f"jaxbench-hlo-{_key()}")) / request.param
-    yield request.param, _compiled(request.param, folder)
+    return request.param, _compiled(request.param, folder)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def parse(text: str) -> Any:
     def refuse(name: str) -> Any:
         raise AssertionError(f"{name} is not JSON")
 
-    return json.loads(text)  # TEMP
+    return json.loads(text, parse_constant=refuse)
 
 
 def value_at(record: dict[str, Any], key: str) -> Any:
@@ -163,7 +163,7 @@ def test_cli_file_that_hangs_on_import_is_stopped_at_the_time_limit(
     try:
         code, _, stderr = command.finish(timeout_s=45)
     finally:
-        command.process.kill()
+        command.end()
     line = error_line(stderr)
     assert "sleeps.py" in line
     assert "--limit-s" in line
@@ -411,7 +411,7 @@ def test_cli_network_that_does_not_fit_is_a_finding_with_its_bytes(
     )  # fmt: skip
     assert (code, stderr) == (0, "")
     records = parse(stdout)["records"]
-    assert [record["target"] for record in records] == ["tpu-v5e", "gpu-h100"]
+    assert {record["target"] for record in records} == {"tpu-v5e", "gpu-h100"}
     for record in records:
         assert record["num_params"] == 2**38 + 2**19
         failure = record["failure"]
@@ -466,9 +466,13 @@ def run_until_it_hangs(cache: Path, out: Path) -> Command:
     command = start_jaxbench(
         "run", TINY, HANG, "--targets", "cpu", "--json", "--out", out, cache=cache
     )
-    wait_for(lambda: len(read_lines(out)) == 2, timeout_s=90)
-    time.sleep(0.5)
-    assert len(command.left()) >= 3  # the command, its fork server, the worker
+    try:
+        wait_for(lambda: len(read_lines(out)) == 2, timeout_s=90)
+        time.sleep(0.5)
+        assert len(command.left()) >= 3  # the command, its fork server, the worker
+    except BaseException:
+        command.end()
+        raise
     return command
 
 
@@ -490,10 +494,13 @@ def test_cli_interrupt_exits_1_with_one_line_and_goes_on_later(
     before = read_lines(tmp_path)
     # A terminal's Ctrl-C goes to the whole group, `kill -INT` to the one process.
     (os.killpg if everyone else os.kill)(command.process.pid, signal.SIGINT)
-    code, stdout, stderr = command.finish(timeout_s=20)
+    try:
+        code, stdout, stderr = command.finish(timeout_s=20)
+        wait_for(lambda: not command.left(), timeout_s=5)
+    finally:
+        command.end()
     assert (code, stdout) == (1, "")
     assert "interrupted" in error_line(stderr)
-    wait_for(lambda: not command.left(), timeout_s=5)
     assert read_lines(tmp_path) == before
     lines = finish_what_is_missing(shared_cache, tmp_path)
     assert lines[:2] == before
@@ -509,10 +516,13 @@ def test_cli_interrupt_while_files_are_read_exits_1_with_one_line(
     command = start_jaxbench("run", "sleeps.py", cache=shared_cache, cwd=tmp_path)
     wait_for((tmp_path / "here").exists, timeout_s=60)
     os.killpg(command.process.pid, signal.SIGINT)
-    code, _, stderr = command.finish(timeout_s=20)
+    try:
+        code, _, stderr = command.finish(timeout_s=20)
+        wait_for(lambda: not command.left(), timeout_s=5)
+    finally:
+        command.end()
     assert code == 1
     assert "interrupted" in error_line(stderr)
-    wait_for(lambda: not command.left(), timeout_s=5)
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
@@ -526,9 +536,7 @@ def test_cli_killed_parent_leaves_no_process_and_no_double(
     try:
         wait_for(lambda: not command.left(), timeout_s=5)
     finally:
-        for process in command.left():
-            process.kill()
-        command.finish()
+        command.end()
     lines = finish_what_is_missing(shared_cache, tmp_path)
     assert lines[:2] == before
     assert len(lines) == 3

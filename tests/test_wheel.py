@@ -1,4 +1,4 @@
-"""The wheel: what is installed from it runs a user's file beside a package that is called models."""
+"""The wheel: what it installs runs a user's file beside a package that is called models."""
 
 import shutil
 import subprocess

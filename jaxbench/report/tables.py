@@ -71,7 +71,13 @@ def _speed_cell(cells: dict[tuple[str, str], Record], name: str, base: str, targ
     star = "*" if record.samples_per_s_from == "measurement" else ""
     other = cells.get((base, target))
     ratio = ""
-    if other and name != base and other.samples_per_s and other.layout == record.layout:
+    if (
+        other
+        and name != base
+        and other.samples_per_s
+        and not other.failure
+        and other.layout == record.layout
+    ):
         ratio = f" ({record.samples_per_s / other.samples_per_s:.2f}x)"
     return f"{format_number(record.samples_per_s)}{star}{ratio}"
 

@@ -1,4 +1,4 @@
-"""What the candidate files beside this one share: one layer, whose making or loss a file replaces."""
+"""What the candidate files beside this one share: one layer, its making or its loss replaced."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
