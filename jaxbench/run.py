@@ -220,6 +220,8 @@ def run(
     if not missing:
         return 0, already
     peaks = _cpu_peaks(missing)
+    order = {request.target.name: index for index, request in reversed(list(enumerate(requests)))}
+    missing.sort(key=lambda request: order[request.target.name])
     jobs = {job.name: (job, request) for job, request in _jobs(missing, peaks, limits)}
     done = 0
     for job, result in _run(jobs.values(), limits):
@@ -235,8 +237,7 @@ def _run(jobs: Iterable[tuple[Job, Request]], limits: Limits) -> Iterator[tuple[
 
 
 def _jobs(requests: Sequence[Request], peaks: Any, limits: Limits) -> Iterator[tuple[Job, Request]]:
-    order = list(dict.fromkeys(request.target.name for request in requests))
-    for request in sorted(requests, key=lambda request: order.index(request.target.name)):
+    for request in requests:
         name = f"{request.described['name']} on {request.target.name}" + (
             ", timed" if request.measured else ""
         )
