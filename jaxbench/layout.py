@@ -14,6 +14,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("batch", ("data", "fsdp")),
     ("embed", ("fsdp",)),
+    ("conv_in", ()),
     ("conv_out", ("fsdp",)),
     ("mlp", ("tensor",)),
     ("heads", ("tensor",)),

@@ -98,11 +98,8 @@ def _trace(step: Callable, arguments: tuple[Any, Any], mesh: Any) -> Any:
 
 
 def _use_mesh(mesh: Any) -> Any:
-    return (
-        jax.sharding.use_abstract_mesh(mesh)
-        if isinstance(mesh, jax.sharding.AbstractMesh)
-        else mesh
-    )
+    abstract = isinstance(mesh, jax.sharding.AbstractMesh)
+    return jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh)
 
 
 def _split_network(candidate: Candidate) -> tuple[Any, Callable[[Any], tuple[Any, Any]], Callable]:

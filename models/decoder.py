@@ -70,14 +70,15 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         x32 = x.astype(jnp.float32)
         inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + 1e-5)
-        return (x32 * inverse * self.scale[...]).astype(x.dtype)
+        return (x32 * inverse * self.scale[...][None, None]).astype(x.dtype)
 
 
 def rotate(x: Float[Array, "B T N H"], theta: float) -> Float[Array, "B T N H"]:
     """Turns pairs (i, i + H/2) by position / theta^(2i/H). Source: Su et al., "RoFormer", 2021."""
     half = x.shape[-1] // 2
     frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = jnp.arange(x.shape[1], dtype=jnp.float32)[:, None, None] * frequency
+    position = jnp.arange(x.shape[1], dtype=jnp.float32)
+    angle = (position[:, None] * frequency[None])[None, :, None]
     sin, cos = jnp.sin(angle), jnp.cos(angle)
     first, second = x[..., :half].astype(jnp.float32), x[..., half:].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -109,7 +110,7 @@ class Attention(nnx.Module):
         B, T, N, H = query.shape
         query = query.reshape(B, T, key.shape[2], N // key.shape[2], H)
         scores = jnp.einsum("BTKGH,BSKH->BKGTS", query, key).astype(jnp.float32) * H**-0.5
-        causal = jnp.arange(T)[:, None] >= jnp.arange(T)
+        causal = jnp.tri(T, dtype=bool)[None, None, None]
         weights = jax.nn.softmax(jnp.where(causal, scores, -1e30), axis=-1).astype(DTYPE)
         mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value).reshape(B, T, N, H)
         return jnp.einsum("BTNH,NHD->BTD", mixed, self.out[...].astype(DTYPE))

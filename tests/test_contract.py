@@ -138,12 +138,13 @@ def test_rivals_do_the_same_work(name: str) -> None:
 
 
 @pytest.mark.parametrize("family", sorted({DESCRIBED[name]["family"] for name in NAMES}))
-def test_sizes_have_the_same_rivals(family: str) -> None:
+def test_paper_rivals_all_have_a_cpu_size(family: str) -> None:
     changes = collections.defaultdict(set)
     for name in NAMES:
         if DESCRIBED[name]["family"] == family:
             changes[DESCRIBED[name]["size"]].add(name.split("-")[2])
-    assert changes["cpu"] == changes["paper"]
+    assert changes["paper"]
+    assert changes["paper"] <= changes["cpu"]
 
 
 # --- What it is before any device is known ---
@@ -260,7 +261,6 @@ def train(name: str, layout: Layout, dtype: str) -> tuple[float, ...]:
 @pytest.mark.parametrize("name", CPU_NAMES)
 def test_step_over_8_devices_gives_the_losses_of_one(name: str) -> None:
     one, many = (train(name, layout, "float32") for layout in (ONE, FSDP))
-    print("LOSS", name, one[:3], many[:3])
     # In float32 only the order of sums differs: some 1e-6 of the loss.
     assert many[0] == pytest.approx(one[0], rel=1e-5)
     # The second loss has gone through every gradient. Adam's first update is the gradient's sign,
@@ -272,7 +272,6 @@ def test_step_over_8_devices_gives_the_losses_of_one(name: str) -> None:
 def test_step_in_the_workloads_dtype_gives_the_float32_loss_and_trains(name: str) -> None:
     exact = train(name, ONE, "float32")
     losses = train(name, FSDP, load(name).workload.dtype)
-    print("BF16", name, exact[0], losses)
     # bfloat16 rounds by up to 2^-9 some twenty times on the way to a logit: sqrt(20) of that is
     # 2^-7 in a logit, and the loss is a mean over at least eight of them.
     assert losses[0] == pytest.approx(exact[0], rel=2**-7)
