@@ -261,11 +261,9 @@ def train(name: str, layout: Layout, dtype: str) -> tuple[float, ...]:
 @pytest.mark.parametrize("name", CPU_NAMES)
 def test_step_over_8_devices_gives_the_losses_of_one(name: str) -> None:
     one, many = (train(name, layout, "float32") for layout in (ONE, FSDP))
-    # In float32 only the order of sums differs: some 1e-6 of the loss.
-    assert many[0] == pytest.approx(one[0], rel=1e-5)
-    # The second loss has gone through every gradient. Adam's first update is the gradient's sign,
-    # which rounding decides where the gradient is next to nothing.
-    assert many[1] == pytest.approx(one[1], rel=1e-3)
+    # In float32 only the order of sums differs, some 1e-7 of the loss each time. The second loss
+    # has gone through every gradient.
+    assert many[:2] == pytest.approx(one[:2], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", CPU_NAMES)

@@ -163,5 +163,4 @@ def test_decoder_scanned_and_unrolled_agree_in_loss_and_gradient(
     pairs = zip(jax.tree.leaves(got), jax.tree.leaves(_stacked(want)), strict=True)
     for got_leaf, want_leaf in pairs:
         error = jnp.linalg.norm(got_leaf - want_leaf) / jnp.linalg.norm(want_leaf)
-        print(dtype, got_leaf.shape, error, got_loss - want_loss)
         assert error < tolerance
