@@ -64,11 +64,13 @@ def build_program(candidate: Candidate, layout: Layout, mesh: Any, platform: str
     """
     check_batch(layout, candidate.workload.global_batch)
     start = time.perf_counter()
-    graphdef, make_state, loss = _split_network(candidate)
-    step, make = _make_step(candidate.workload, graphdef, make_state, loss)
+    graphdef, params, rest = _abstract_network(candidate)
+    workload = candidate.workload
+    step, make = _make_step(candidate, graphdef)
     rules = layout.rules()
     with nnx.logical_axis_rules(rules):
-        state, batch = jax.eval_shape(make, jax.ShapeDtypeStruct((), jax.random.key(0).dtype))
+        state = jax.eval_shape(lambda p, r: _initial_state(workload, p, r), params, rest)
+        batch = jax.eval_shape(lambda: make_batch(workload, jax.random.key(0)))
         arguments = (_shard_state(state, rules, mesh), _shard_batch(batch, rules, mesh))
         traced = _trace(step, arguments, mesh)
         # A new function object: JAX keeps traces by function, and the second one must be another.
@@ -102,31 +104,34 @@ def _use_mesh(mesh: Any) -> Any:
     return jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh)
 
 
-def _split_network(candidate: Candidate) -> tuple[Any, Callable[[Any], tuple[Any, Any]], Callable]:
-    """Returns the graph, a maker of (parameters, other state) from a key, and the loss."""
-
-    def make_state(key: Any) -> tuple[Any, Any]:
-        module = candidate.build(candidate.config, nnx.Rngs(params=key))
-        _, params, rest = nnx.split(module, nnx.Param, ...)
-        return params, rest
-
+def _abstract_network(candidate: Candidate) -> tuple[Any, Any, Any]:
+    """Returns graph, parameters and other state, as shapes."""
     with nnx.use_eager_sharding(False):
         module = nnx.eval_shape(lambda: candidate.build(candidate.config, nnx.Rngs(params=0)))
-    graphdef = nnx.split(module, nnx.Param, ...)[0]
-    return graphdef, make_state, candidate.loss
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    return graphdef, params, rest
 
 
-def _make_step(
-    workload: Workload, graphdef: Any, make_state: Callable, loss: Callable
-) -> tuple[Callable, Callable]:
+def _optimizer(workload: Workload) -> optax.GradientTransformation:
+    return getattr(optax, workload.optimizer)(workload.learning_rate)
+
+
+def _initial_state(workload: Workload, params: Any, rest: Any) -> dict[str, Any]:
+    state = {"params": params, "rest": rest}
+    if workload.kind == "train":
+        state["optimizer"] = _optimizer(workload).init(params)
+    return state
+
+
+def _make_step(candidate: Candidate, graphdef: Any) -> tuple[Callable, Callable]:
     """Returns `step(state, batch)` and `make(key) -> (state, batch)`."""
-    optimizer = getattr(optax, workload.optimizer)(workload.learning_rate)
+    workload, optimizer = candidate.workload, _optimizer(candidate.workload)
 
     def loss_of(params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
         # Variables can be changed only at the trace level that made them: batch statistics are made
         # anew here.
         module = nnx.merge(graphdef, params, jax.tree.map(lambda leaf: leaf, rest))
-        value = loss(module, batch)
+        value = candidate.loss(module, batch)
         return value.astype(jnp.float32), nnx.split(module, nnx.Param, ...)[2]
 
     def train(state: Any, batch: Any) -> tuple[Any, Any]:
@@ -144,11 +149,9 @@ def _make_step(
     def make(key: Any) -> tuple[Any, Any]:
         network_key, batch_key = jax.random.split(key)
         with nnx.use_eager_sharding(False):
-            params, rest = make_state(network_key)
-        state = {"params": params, "rest": rest}
-        if workload.kind == "train":
-            state["optimizer"] = optimizer.init(params)
-        return state, make_batch(workload, batch_key)
+            module = candidate.build(candidate.config, nnx.Rngs(params=network_key))
+        _, params, rest = nnx.split(module, nnx.Param, ...)
+        return _initial_state(workload, params, rest), make_batch(workload, batch_key)
 
     return (train if workload.kind == "train" else forward), make
 

@@ -269,7 +269,7 @@ def test_step_over_8_devices_gives_the_losses_of_one(name: str) -> None:
 @pytest.mark.parametrize("name", CPU_NAMES)
 def test_step_in_the_workloads_dtype_gives_the_float32_loss_and_trains(name: str) -> None:
     exact = train(name, ONE, "float32")
-    losses = train(name, FSDP, load(name).workload.dtype)
+    losses = train(name, ONE, load(name).workload.dtype)
     # bfloat16 rounds by up to 2^-9 some twenty times on the way to a logit: sqrt(20) of that is
     # 2^-7 in a logit, and the loss is a mean over at least eight of them.
     assert losses[0] == pytest.approx(exact[0], rel=2**-7)

@@ -1,6 +1,7 @@
 """Exact rewrites compute the same: the three lifts of a map, the loop over a decoder's layers."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -90,7 +91,8 @@ def test_lifts_each_pair_agree_in_value_and_gradient() -> None:
     cells = rig()
     results = []
     for lift in bev.LIFTS.values():
-        out, pull = jax.vjp(lambda d, c: lift(d, c, cells, EDGE * EDGE), depth, context)  # noqa: B023
+        apply = functools.partial(lift, cells=cells, num_cells=EDGE * EDGE)
+        out, pull = jax.vjp(apply, depth, context)
         results.append((out, *pull(jnp.asarray(cotangent))))
     for other in results[1:]:
         for got, want in zip(other, results[0], strict=True):
@@ -117,7 +119,8 @@ def decoders() -> tuple[decoder.Decoder, decoder.Decoder]:
     with nnx.use_eager_sharding(False):
         for layers in ("unroll", "scan"):
             config = dataclasses.replace(SMALL, layers=layers)
-            modules.append(nnx.eval_shape(lambda: decoder.Decoder(config, nnx.Rngs(0))))  # noqa: B023
+            make = functools.partial(decoder.Decoder, config)
+            modules.append(nnx.eval_shape(lambda make=make: make(nnx.Rngs(0))))
         shapes = nnx.to_pure_dict(nnx.state(modules[0], nnx.Param))
         # 0.1 is near 1 / sqrt(embed_dim), so that activations stay near 1.
         values = jax.tree.map(lambda leaf: jnp.float32(0.1 * draw(leaf.shape)), shapes)
