@@ -11,6 +11,7 @@ apply_environment()
 import jax  # noqa: E402  (reads the environment when it is imported)
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config: pytest.Config) -> None:
