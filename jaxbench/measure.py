@@ -124,7 +124,7 @@ def _doubts(samples: list[float]) -> tuple[str, ...]:
     ordered = sorted(samples)
     middle = ordered[len(ordered) // 2]
     quarter = len(ordered) // 4
-    spread = (ordered[-1 - quarter] - ordered[quarter]) / middle if middle > 0 else float("inf")
+    spread = (ordered[-1 - quarter] - ordered[quarter]) / middle if middle > 0 else 0.0
     found = []
     if ordered[0] <= 0:
         found.append("a slope is not positive: the step is too short for this clock and load")
