@@ -69,6 +69,9 @@ def start(
 ) -> Command:
     """Starts a Python command in a session of its own, as a terminal would."""
     mark = uuid.uuid4().hex
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # Tests that a shell started in the background ignore Ctrl-C, and so would their children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, *map(str, command)],
         env={**os.environ, "JAXBENCH_CACHE": str(cache), _MARK: mark, **environment},
@@ -79,8 +82,6 @@ def start(
         text=True,
         pass_fds=pass_fds,
         start_new_session=True,
-        # Tests that a shell started in the background ignore Ctrl-C, and so would their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     return Command(process=process, mark=mark)
 
