@@ -4,8 +4,8 @@ An MBConv block widens by a 1x1 convolution, filters each channel on its own (de
 channels (squeeze-excite) and projects back. A Fused-MBConv block widens and filters in one dense
 convolution: several times the FLOPs. It stands in no stage, in stages 1-3, in 1-5 or in all seven.
 
-EfficientNetV2's table 3 has these four rows for B4; `paper` applies them to B0, whose step a TPU
-compiler finishes in a minute where B4 takes it over seven. The table leaves two details of the
+EfficientNetV2's table 3 has these four rows for B4; `paper` applies them to B0, because B4's step
+had not compiled for a TPU after six minutes of a core. The table leaves two details of the
 fused block open; here
 - it has squeeze-excite after the dense convolution, as figure 2 draws it;
 - stage 3 goes from 5x5 to 3x3, stages 5 and 6 stay 5x5. At B4's size that gives 20.0, 43.2 and
