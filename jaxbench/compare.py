@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -228,11 +228,13 @@ def find_hints(comparisons: Iterable[Comparison]) -> list[Flip]:
     return _flips(comparisons, leader)
 
 
-def _flips(comparisons: Iterable[Comparison], winner: object) -> list[Flip]:
+def _flips(
+    comparisons: Iterable[Comparison], winner: Callable[[Comparison], str | None]
+) -> list[Flip]:
     wins: dict[tuple[str, str], dict[str, list[str]]] = {}
     for comparison in comparisons:
         pair = (comparison.first, comparison.second)
-        name = winner(comparison)  # type: ignore[operator]
+        name = winner(comparison)
         if name and comparison.verdict not in ("tie", "not comparable"):
             wins.setdefault(pair, {}).setdefault(name, []).append(comparison.target)
     return [
