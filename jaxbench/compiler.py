@@ -19,6 +19,7 @@ from typing import Any
 from jaxbench.cache import key_of
 from jaxbench.errors import Failure, JaxbenchError
 from jaxbench.layout import Layout
+from jaxbench.machine import processor
 from jaxbench.target import Chip, Target, chip_table
 
 # Set before JAX is imported. libtpu's lock file stops a second process, its metadata query waits
@@ -138,7 +139,7 @@ def compiled_key(program_sha256: str, target: Target) -> str:
     versions = versions_for(target)
     del versions["python"]  # the compilers do not see it
     # XLA:CPU generates code for the processor that it runs on.
-    machine = (platform.machine(), platform.processor()) if target.kind == "cpu" else ()
+    machine = (platform.machine(), processor()) if target.kind == "cpu" else ()
     return key_of(program_sha256, target.name, _OPTIONS.get(target.kind, {}), versions, machine)
 
 

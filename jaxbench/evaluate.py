@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import resources
 from typing import Any
 
@@ -30,7 +30,14 @@ from jaxbench.compiler import (
     versions_for,
 )
 from jaxbench.errors import Failure, MeasureError
+from jaxbench.executable import (
+    compile_init,
+    has_executables,
+    keep_executables,
+    load_executables,
+)
 from jaxbench.layout import parse_layout
+from jaxbench.stats import median_s
 from jaxbench.target import Target, chip_table, parse_target
 from jaxbench.worker import failure_of
 
@@ -51,7 +58,7 @@ def evaluate(
     layout: str,
     target: str,
     cpu_peaks: Mapping[str, float] | None = None,
-    measure_s: float | None = None,
+    keep: bool = False,
 ) -> dict[str, Any]:
     """Evaluates one request and returns the stage values of its record.
 
@@ -60,19 +67,27 @@ def evaluate(
       layout: Resolved layout.
       target: Target name.
       cpu_peaks: From `measure_peaks`, needed on CPU targets.
-      measure_s: Seconds to spend on timing, on the attached device; None prices only.
+      keep: Also keep the executables in the cache, for `time_step`.
     """
     line = _Line(described, layout, parse_target(target), cpu_peaks)
-    try:
-        if measure_s is None:
-            line.compile()
-            line.price()
-        else:
-            line.compile_and_measure(measure_s)
-    except _StageError as error:
-        line.values["failure"] = error.failure.to_json()
-    line.values["timings"]["worker_s"] = time.perf_counter() - line.started
-    return line.values
+    return line.run(lambda: line.price(keep=keep))
+
+
+def time_step(
+    *,
+    described: Mapping[str, Any],
+    layout: str,
+    target: str,
+    cpu_peaks: Mapping[str, float] | None = None,
+    measure_s: float,
+) -> dict[str, Any]:
+    """Evaluates one request as `evaluate` does, and times its step on the attached device.
+
+    Args:
+      measure_s: Seconds to spend on timing.
+    """
+    line = _Line(described, layout, parse_target(target), cpu_peaks)
+    return line.run(lambda: line.measure(measure_s))
 
 
 class _StageError(Exception):
@@ -113,15 +128,47 @@ class _Line:
         self.timings: dict[str, float] = self.values["timings"]
         self.started = time.perf_counter()
         self.compiled: Compiled | None = None
+        self._executables: list[Any] | None = None
 
-    def compile(self) -> None:
+    def run(self, stages: Callable[[], None]) -> dict[str, Any]:
+        """Goes through the stages until one fails, and returns the values there are."""
+        try:
+            stages()
+        except _StageError as error:
+            self.values["failure"] = error.failure.to_json()
+        self.timings["worker_s"] = time.perf_counter() - self.started
+        return self.values
+
+    def _compile_once(self) -> None:
         """Finds the compiled program in the cache, or traces, lowers and compiles it."""
         program_key = self._program_key()
         if not self._recall(program_key):
             with cache.locked("programs", program_key):
                 if not self._recall(program_key):
                     self._make(program_key)
-        self._describe_compiled()
+
+    def _compile_to_run(self) -> None:
+        """Makes executables for the attached device and keeps them, unless they are kept."""
+        program_key = self._program_key()
+        with cache.locked("programs", program_key):
+            if self._recall(program_key) and has_executables(self._executables_key()):
+                return
+            self._executables = self._make_executables(program_key)
+            with _Stage("store", self.timings):
+                keep_executables(self._executables_key(), *self._executables)
+
+    def _make_executables(self, program_key: str) -> list[Any]:
+        program = self._build(program_key)
+        step = self._compile(program)
+        with _Stage("compile", self.timings):
+            return [step, compile_init(program.init)]
+
+    def _executables_key(self) -> str:
+        return cache.key_of(
+            compiled_key(self.values["program_sha256"], self.target),
+            _code_digest(),
+            versions_for(self.target)["python"],
+        )
 
     def _program_key(self) -> str:
         asked = [
@@ -200,8 +247,16 @@ class _Line:
         with _Stage("fit", self.timings):
             check_fit(self.compiled, self.target)
 
-    def price(self) -> None:
-        """Reads and prices the optimised HLO and predicts the step."""
+    def price(self, *, keep: bool) -> None:
+        """Compiles, reads and prices the optimised HLO and predicts the step."""
+        if keep:
+            self._compile_to_run()
+        else:
+            self._compile_once()
+        self._describe_compiled()
+        self._price()
+
+    def _price(self) -> None:
         assert self.compiled is not None
         with _Stage("price", self.timings):
             from jaxbench.cost import price_module
@@ -248,28 +303,27 @@ class _Line:
         if self.target.kind == "cpu" and needed > free:
             raise DoesNotFitError(needed, free)
 
-    def compile_and_measure(self, measure_s: float) -> None:
-        """Compiles for the attached device and times the step. The HLO is priced as elsewhere."""
+    def measure(self, measure_s: float) -> None:
+        """Prices as elsewhere and times the step, with executables kept or made now."""
         from jaxbench.measure import measure_step
 
-        program = self._build(self._program_key())
-        executable = self._compile(program)
-        self._describe_compiled()
-        self.price()
+        self.price(keep=True)
         with _Stage("fit", self.timings):
             self._check_host_memory()
+        with _Stage("load", self.timings):
+            executables = self._executables or load_executables(self._executables_key())
+        if executables is None:
+            raise _StageError(
+                Failure(stage="load", error="CacheError", text="Executables are gone. Run again.")
+            )
+        step, init = executables
         with _Stage("measure", self.timings):
-            measurement = measure_step(executable, program.init, budget_s=measure_s)
-            if (
-                min(measurement.samples_s) <= 0
-                and sorted(measurement.samples_s)[len(measurement.samples_s) // 2] <= 0
-            ):
+            measurement = measure_step(step, init, budget_s=measure_s)
+            if median_s(measurement.samples_s) <= 0:
                 raise MeasureError(
                     "The median slope is not positive: the machine is too busy. Measure again."
                 )
         self.values["measurement"] = dataclasses.asdict(measurement)
-        from jaxbench.stats import median_s
-
         self._set_samples_per_s(median_s(measurement.samples_s), "measurement")
 
 

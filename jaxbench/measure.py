@@ -21,8 +21,6 @@ PROTOCOL = "chain-slope-1"
 _SHORT = 1
 _LONG_CHAIN_S = 0.25
 _MIN_SAMPLES = 5
-# Initial values are made once: their compile time matters, not their speed.
-_QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +55,7 @@ def measure_step(
     Args:
       executable: `executable(state, batch)` gives (state, loss), or the loss alone for a forward
         pass.
-      init: Makes (state, batch) from a key.
+      init: Makes (state, batch) from a key, where the executable expects them.
       budget_s: Seconds to spend on chains; at least five samples are taken however long they last.
 
     Raises:
@@ -65,9 +63,7 @@ def measure_step(
     """
     import jax
 
-    key = jax.random.key(0)
-    make = jax.jit(init).lower(key).compile(compiler_options=_QUICK_COMPILE)
-    state, batch = jax.block_until_ready(make(key))
+    state, batch = jax.block_until_ready(init(jax.random.key(0)))
     run = _Chain(executable, state, batch, clock)
     first_step_s = run(1)
     run(2)

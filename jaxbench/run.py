@@ -7,7 +7,7 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from jaxbench.compiler import versions_for
 from jaxbench.discovery import family_modules
 from jaxbench.errors import CandidateError, Failure, LayoutError, UsageError
 from jaxbench.layout import parse_layout, resolve_layout
+from jaxbench.machine import processor
 from jaxbench.record import Record, append_record, read_records, record_id
 from jaxbench.suite import DEFAULT_TARGETS, Part, Suite, load_suite, suite_names
 from jaxbench.target import Target, missing_compiler, parse_target
@@ -222,43 +223,81 @@ def run(
     peaks = _cpu_peaks(missing)
     order = {request.target.name: index for index, request in reversed(list(enumerate(requests)))}
     missing.sort(key=lambda request: order[request.target.name])
-    jobs = {job.name: (job, request) for job, request in _jobs(missing, peaks, limits)}
+    num_jobs = len(missing) + sum(request.measured for request in missing)
     done = 0
-    for job, result in _run(jobs.values(), limits):
-        request = jobs[job.name][1]
-        append_record(out, _record(request, result))
+    to_time, compile_timings = [], {}
+    for request, result in _run(missing, _evaluate_job, peaks, limits):
         done += 1
-        progress(job.name, done, len(missing))
-    return done, already
+        if request.measured and not _failed(result):
+            to_time.append(request)
+            compile_timings[request.id] = result["timings"]
+        else:
+            append_record(out, _record(request, result))
+        progress(_title(request), done, num_jobs)
+    for request, result in _run(to_time, _time_job, peaks, limits):
+        done += 1
+        if not isinstance(result, Failure):
+            result["timings"] = _sum_timings(compile_timings[request.id], result["timings"])
+        append_record(out, _record(request, result))
+        progress(f"{_title(request)}, timed", done, num_jobs)
+    return len(missing), already
 
 
-def _run(jobs: Iterable[tuple[Job, Request]], limits: Limits) -> Iterator[tuple[Job, Any]]:
-    yield from run_jobs([job for job, _ in jobs], num_workers=limits.num_workers)
+def _run(
+    requests: Sequence[Request],
+    job_of: Callable[[Request, Any, Limits], Job],
+    peaks: Any,
+    limits: Limits,
+) -> Iterator[tuple[Request, Any]]:
+    jobs = [job_of(request, peaks, limits) for request in requests]
+    of_job = {id(job): request for job, request in zip(jobs, requests, strict=True)}
+    for job, result in run_jobs(jobs, num_workers=limits.num_workers):
+        yield of_job[id(job)], result
 
 
-def _jobs(requests: Sequence[Request], peaks: Any, limits: Limits) -> Iterator[tuple[Job, Request]]:
-    for request in requests:
-        name = f"{request.described['name']} on {request.target.name}" + (
-            ", timed" if request.measured else ""
-        )
-        arguments = {
-            "described": dict(request.described),
-            "layout": request.layout,
-            "target": request.target.name,
-            "cpu_peaks": peaks,
-            "measure_s": limits.measure_s if request.measured else None,
-        }
-        yield (
-            Job(
-                name=f"{name} [{request.id}]",
-                function="jaxbench.evaluate:evaluate",
-                arguments=arguments,
-                limit_s=limits.limit_s,
-                limit_bytes=limits.limit_bytes,
-                alone=request.measured,
-            ),
-            request,
-        )
+def _sum_timings(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
+    names = dict.fromkeys([*first, *second])
+    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in names}
+
+
+def _failed(result: Any) -> bool:
+    return isinstance(result, Failure) or "failure" in result
+
+
+def _title(request: Request) -> str:
+    return f"{request.described['name']} on {request.target.name}"
+
+
+def _evaluate_job(request: Request, peaks: Any, limits: Limits) -> Job:
+    arguments = {**_arguments(request, peaks), "keep": request.measured}
+    return _job(request, "jaxbench.evaluate:evaluate", arguments, limits)
+
+
+def _time_job(request: Request, peaks: Any, limits: Limits) -> Job:
+    arguments = {**_arguments(request, peaks), "measure_s": limits.measure_s}
+    return _job(request, "jaxbench.evaluate:time_step", arguments, limits, alone=True)
+
+
+def _arguments(request: Request, peaks: Any) -> dict[str, Any]:
+    return {
+        "described": dict(request.described),
+        "layout": request.layout,
+        "target": request.target.name,
+        "cpu_peaks": peaks,
+    }
+
+
+def _job(
+    request: Request, function: str, arguments: dict[str, Any], limits: Limits, alone: bool = False
+) -> Job:
+    return Job(
+        name=_title(request),
+        function=function,
+        arguments=arguments,
+        limit_s=limits.limit_s,
+        limit_bytes=limits.limit_bytes,
+        alone=alone,
+    )
 
 
 def _cpu_peaks(requests: Sequence[Request]) -> dict[str, float] | None:
@@ -266,7 +305,7 @@ def _cpu_peaks(requests: Sequence[Request]) -> dict[str, float] | None:
     if not any(request.target.kind == "cpu" for request in requests):
         return None
     key = cache.key_of(
-        platform.machine(), _processor(), os.cpu_count(), requests[0].versions["jaxlib"]
+        platform.machine(), processor(), os.cpu_count(), requests[0].versions["jaxlib"]
     )
     known = cache.read_entry("peaks", key)
     if known is None:
@@ -274,14 +313,6 @@ def _cpu_peaks(requests: Sequence[Request]) -> dict[str, float] | None:
         cache.write_entry("peaks", key, json.dumps(peaks).encode())
         return peaks
     return json.loads(known)
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line for line in lines if line.startswith("model name")), platform.processor())
 
 
 def _record(request: Request, result: Any) -> Record:

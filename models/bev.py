@@ -325,8 +325,8 @@ def loss(module: BevNet, batch: dict[str, Any]) -> Float[Array, ""]:
 
 CPU = BevConfig(
     stem=8,
-    camera_channels=(16, 32),
-    camera_depths=(1, 1),
+    camera_channels=(32,),
+    camera_depths=(1,),
     context=16,
     num_bins=8,
     nearest_m=2,

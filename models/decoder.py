@@ -203,7 +203,7 @@ def token_loss(module: Decoder, batch: dict[str, Any]) -> Float[Array, ""]:
 
 
 _CPU = DecoderConfig(
-    num_layers=4,
+    num_layers=2,
     embed_dim=512,
     mlp_dim=1024,
     num_heads=8,

@@ -1,0 +1,53 @@
+"""Executables for the attached device, handed from the worker that compiles to the one that times.
+
+Compiling beside other compilers is cheap; timing has to be alone. Kept in the cache, so that timing
+again compiles nothing.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from jaxbench import cache
+
+# Initial values are made once: their compile time matters, not their speed.
+_QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+
+
+def compile_init(init: Callable) -> Any:
+    """Compiles `init(key)`, which makes a program's state and batch, fast rather than well."""
+    import jax
+
+    return jax.jit(init).lower(jax.random.key(0)).compile(compiler_options=_QUICK_COMPILE)
+
+
+def keep_executables(key: str, *executables: Any) -> bool:
+    """Stores executables for `load_executables`; returns whether they can be stored at all.
+
+    A program that calls back into Python cannot: the function lives in this process.
+    """
+    from jax.experimental.serialize_executable import serialize
+
+    try:
+        payload = pickle.dumps([serialize(executable) for executable in executables])
+    except (AttributeError, TypeError, ValueError, pickle.PicklingError):
+        return False
+    cache.write_entry("executables", key, payload)
+    return True
+
+
+def load_executables(key: str) -> list[Any] | None:
+    """Loads what `keep_executables` stored, or returns None where nothing usable is stored."""
+    from jax.experimental.serialize_executable import deserialize_and_load
+
+    payload = cache.read_entry("executables", key)
+    if payload is None:
+        return None
+    return [deserialize_and_load(*parts) for parts in pickle.loads(payload)]
+
+
+def has_executables(key: str) -> bool:
+    """Tells whether `load_executables` will find something."""
+    return cache.read_entry("executables", key) is not None
