@@ -148,7 +148,7 @@ def make_mesh(target: Target, layout: Layout) -> Any:
     import jax
     from jax.experimental import mesh_utils
 
-    devices = _devices(target)
+    devices = devices_of(target)
     names, sizes = zip(*layout.axes, strict=True)
     if target.num_slices > 1:
         grid = mesh_utils.create_hybrid_device_mesh(
@@ -177,7 +177,8 @@ def _split_slices(sizes: tuple[int, ...], num_slices: int) -> tuple[list[int], l
     )
 
 
-def _devices(target: Target) -> list[Any]:
+def devices_of(target: Target) -> list[Any]:
+    """Returns the target's compile-only devices, or this machine's CPU split into as many."""
     import jax
     from jax.experimental import topologies
 

@@ -24,6 +24,7 @@ from jaxbench.compiler import (
     check_fit,
     compile_program,
     compiled_key,
+    devices_of,
     make_mesh,
     platform_of,
     unpack_compiled,
@@ -161,7 +162,7 @@ class _Line:
         program = self._build(program_key)
         step = self._compile(program)
         with _Stage("compile", self.timings):
-            return [step, compile_init(program.init)]
+            return [step, compile_init(program.init, step.input_shardings[0])]
 
     def _executables_key(self) -> str:
         return cache.key_of(
@@ -311,7 +312,9 @@ class _Line:
         with _Stage("fit", self.timings):
             self._check_host_memory()
         with _Stage("load", self.timings):
-            executables = self._executables or load_executables(self._executables_key())
+            executables = self._executables or load_executables(
+                self._executables_key(), devices_of(self.target)
+            )
         if executables is None:
             raise _StageError(
                 Failure(stage="load", error="CacheError", text="Executables are gone. Run again.")

@@ -7,7 +7,7 @@ again compiles nothing.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxbench import cache
@@ -16,11 +16,16 @@ from jaxbench import cache
 _QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-def compile_init(init: Callable) -> Any:
-    """Compiles `init(key)`, which makes a program's state and batch, fast rather than well."""
+def compile_init(init: Callable, shardings: Any = None) -> Any:
+    """Compiles `init(key)`, which makes a program's state and batch, fast rather than well.
+
+    Args:
+      shardings: Where state and batch shall lie.
+    """
     import jax
 
-    return jax.jit(init).lower(jax.random.key(0)).compile(compiler_options=_QUICK_COMPILE)
+    jitted = jax.jit(init, out_shardings=shardings)
+    return jitted.lower(jax.random.key(0)).compile(compiler_options=_QUICK_COMPILE)
 
 
 def keep_executables(key: str, *executables: Any) -> bool:
@@ -38,14 +43,19 @@ def keep_executables(key: str, *executables: Any) -> bool:
     return True
 
 
-def load_executables(key: str) -> list[Any] | None:
-    """Loads what `keep_executables` stored, or returns None where nothing usable is stored."""
+def load_executables(key: str, devices: Sequence[Any]) -> list[Any] | None:
+    """Loads what `keep_executables` stored to run on `devices`, as many as it was compiled for.
+
+    Returns None where nothing usable is stored.
+    """
     from jax.experimental.serialize_executable import deserialize_and_load
 
     payload = cache.read_entry("executables", key)
     if payload is None:
         return None
-    return [deserialize_and_load(*parts) for parts in pickle.loads(payload)]
+    return [
+        deserialize_and_load(*parts, execution_devices=devices) for parts in pickle.loads(payload)
+    ]
 
 
 def has_executables(key: str) -> bool:

@@ -402,6 +402,42 @@ def test_cli_loss_that_is_no_number_fails_at_measuring_and_others_are_kept(
     assert len(read_lines(tmp_path)) == 2
 
 
+def test_cli_timing_again_elsewhere_compiles_nothing(
+    tiny: tuple[Path, str], shared_cache: Path, tmp_path: Path
+) -> None:
+    code, _, stderr = jaxbench(
+        "run", TINY, "--targets", "cpu", "--measure", "--out", tmp_path, cache=shared_cache
+    )
+    assert (code, stderr) == (0, "")
+    first = {record["id"]: record for record in read_lines(tiny[0])}
+    for record in read_lines(tmp_path):
+        assert not {"trace_s", "compile_s"} & record["timings"].keys()
+        assert record["hlo_sha256"] == first[record["id"]]["hlo_sha256"]
+        assert record["measurement"]["samples_s"] != first[record["id"]]["measurement"]["samples_s"]
+
+
+def test_cli_step_over_two_cpu_devices_is_timed(shared_cache: Path, tmp_path: Path) -> None:
+    code, _, stderr = jaxbench(
+        "run", TINY, "--targets", "cpu:2", "--measure", "--out", tmp_path, cache=shared_cache
+    )
+    assert (code, stderr) == (0, "")
+    for record in read_lines(tmp_path):
+        assert record["num_devices"] == 2
+        assert record["measurement"]["final_loss"] > 0
+
+
+def test_cli_network_that_calls_python_is_timed_all_the_same(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    code, _, stderr = jaxbench(
+        "run", CANDIDATES / "callback.py", "--targets", "cpu", "--measure", "--out", tmp_path,
+        cache=shared_cache,
+    )  # fmt: skip
+    assert (code, stderr) == (0, "")
+    (record,) = read_lines(tmp_path)
+    assert record["measurement"]["final_loss"] > 0
+
+
 def test_cli_network_that_does_not_fit_is_a_finding_with_its_bytes(
     shared_cache: Path, tmp_path: Path
 ) -> None:
