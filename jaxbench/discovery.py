@@ -6,6 +6,7 @@ worker.
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -19,6 +20,7 @@ from jaxbench.candidate import Candidate
 from jaxbench.errors import CandidateError
 
 _FAMILIES = "jaxbench.models"
+_BLOCKS = "jaxbench.models.blocks"
 
 
 def family_modules() -> list[str]:
@@ -113,14 +115,42 @@ def _candidates(module: ModuleType, source: str) -> tuple[Candidate, ...]:
 
 
 def _digest(module: ModuleType) -> str:
-    """Returns the digest of the candidate file and of the neighbouring modules that it imported."""
+    """Returns the digest of the candidate file's code and of that of its own modules it imports."""
     path = Path(module.__file__ or "")
     files = {path}
-    if not module.__name__.startswith(_FAMILIES):
+    if module.__name__.startswith(_FAMILIES):
+        files |= _shipped_blocks(module)
+    else:
         loaded = (getattr(other, "__file__", None) for other in list(sys.modules.values()))
         files |= {Path(file) for file in loaded if file and _is_neighbour(Path(file), path.parent)}
-    texts = [file.read_bytes() for file in sorted(files) if file.suffix == ".py"]
-    return hashlib.sha256(b"\0".join(texts)).hexdigest()
+    texts = [_code(file) for file in sorted(files) if file.suffix == ".py"]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()
+
+
+def _code(file: Path) -> str:
+    """Returns what of a file decides its programs: a new comment or docstring changes nothing."""
+    tree = ast.parse(file.read_bytes())
+    for node in ast.walk(tree):
+        documented = isinstance(
+            node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        )
+        if documented and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return ast.dump(tree)
+
+
+def _shipped_blocks(module: ModuleType) -> set[Path]:
+    """Returns the files of the shared blocks that a family imports, directly or through others."""
+    found: set[Path] = set()
+    waiting = [Path(module.__file__ or "")]
+    while waiting:
+        for node in ast.walk(ast.parse(waiting.pop().read_bytes())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_BLOCKS):
+                file = Path(sys.modules[node.module or ""].__file__ or "")
+                if file not in found:
+                    found.add(file)
+                    waiting.append(file)
+    return found
 
 
 def _is_neighbour(file: Path, folder: Path) -> bool:

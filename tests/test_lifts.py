@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+
 from jaxbench.models import bev, decoder
 
 RIG = dataclasses.replace(bev.CPU, nearest_m=2, bin_m=2, num_bins=9, extent_m=16)
