@@ -178,8 +178,11 @@ def _command(arguments: argparse.Namespace) -> int:
 
 def _list(arguments: argparse.Namespace) -> int:
     from jaxbench.listing import list_everything
+    from jaxbench.report.terminal import progress_line
 
-    _show(arguments, list_everything(arguments.what))
+    with progress_line() as progress:
+        found = list_everything(arguments.what, progress)
+    _show(arguments, found)
     return 0
 
 

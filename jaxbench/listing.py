@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from jaxbench.discovery import family_modules
-from jaxbench.report.tables import Table
-from jaxbench.run import describe
+from jaxbench.report.tables import Table, format_number
+from jaxbench.run import Progress, describe
+from jaxbench.sizes import size_candidates
 from jaxbench.suite import load_suite, suite_names
 from jaxbench.target import chip_table, missing_compiler
 
 
-def list_everything(what: str | None) -> dict[str, Any]:
-    """Returns the tables and JSON-ready values of one kind of thing, or of all three."""
-    makers = {"suites": _suites, "targets": _targets, "candidates": _candidates}
+def list_everything(what: str | None, progress: Progress) -> dict[str, Any]:
+    """Returns the tables and JSON-ready values of one kind of thing, or an overview of all.
+
+    Args:
+      what: `candidates`, with their sizes, `targets` or `suites`; None for suites, targets and
+        families.
+      progress: Is told of what is counted; sizes that are not in the cache take seconds each.
+    """
+    if what == "candidates":
+        described, tables = _candidates(progress)
+        return {"values": {"candidates": described}, "tables": tables}
+    makers = {"suites": _suites, "targets": _targets, "candidates": _families}
     chosen = [what] if what else list(makers)
     found = {name: makers[name]() for name in chosen}
     return {
@@ -62,11 +73,51 @@ _EXAMPLE: Mapping[str, str] = {
 }
 
 
-def _candidates() -> tuple[list[dict[str, Any]], Table]:
+def _families() -> tuple[list[dict[str, Any]], Table]:
     described = describe(family_modules())
-    rows = tuple(
-        (one["name"], one["size"], one["validity"], one["replaces"] or "the base", one["source"])
-        for one in described
+    rows = []
+    for family, group in _by_family(described).items():
+        counts = Counter(one["size"] for one in group)
+        pairs = sum(one["base"] != one["name"] for one in group)
+        by_size = ", ".join(f"{count} {size}" for size, count in counts.items())
+        rows.append((family, by_size, str(pairs)))
+    header = ("family", "candidates by size", "variants of a base")
+    note = "`jaxbench list candidates` shows each, with its size and what it changes."
+    return described, Table(title="Families", header=header, rows=tuple(rows), notes=(note,))
+
+
+def _candidates(progress: Progress) -> tuple[list[dict[str, Any]], list[Table]]:
+    described = size_candidates(describe(family_modules()), progress)
+    return described, [
+        Table(
+            title=f"Family {family}",
+            header=(
+                "candidate",
+                "parameters",
+                "forward GFLOPs a sample",
+                "class",
+                "what it changes",
+            ),
+            rows=tuple(_candidate_row(one) for one in group),
+            notes=(*dict.fromkeys(one["source"] for one in group), "GFLOPs: forward and loss."),
+        )
+        for family, group in _by_family(described).items()
+    ]
+
+
+def _by_family(described: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for one in described:
+        groups.setdefault(one["family"], []).append(one)
+    return groups
+
+
+def _candidate_row(one: Mapping[str, Any]) -> tuple[str, ...]:
+    params, flops = one["num_params"], one["forward_flops"]
+    return (
+        one["name"],
+        "?" if params is None else f"{params:,}",
+        "?" if flops is None else format_number(flops / 1e9),
+        one["validity"],
+        one["replaces"],
     )
-    header = ("candidate", "size", "class", "what it changes", "source")
-    return described, Table(title="Candidates", header=header, rows=rows)

@@ -6,6 +6,7 @@ network of any size can be traced on any machine.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import math
@@ -88,6 +89,26 @@ def build_program(candidate: Candidate, layout: Layout, mesh: Any, platform: str
         trace_s=traced_at - start,
         lower_s=time.perf_counter() - traced_at,
     )
+
+
+def count_forward(candidate: Candidate) -> dict[str, int]:
+    """Counts parameters and the product FLOPs of one sample's forward pass and loss.
+
+    FLOPs are those of the whole batch over its samples, as work that all samples share exists.
+    """
+    graphdef, params, rest = _abstract_network(candidate)
+    workload = dataclasses.replace(candidate.workload, kind="forward")
+    forward, _ = _make_step(dataclasses.replace(candidate, workload=workload), graphdef)
+    state = {"params": params, "rest": rest}
+    batch = jax.eval_shape(lambda: make_batch(workload, jax.random.key(0)))
+    traced = jax.jit(forward).trace(state, batch)
+    # A new function object, as in `build_program`.
+    again = functools.partial(forward)
+    mathematics = count_mathematics(lambda: jax.jit(again).trace(state, batch), traced.jaxpr)
+    return {
+        "num_params": sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
+        "forward_flops": mathematics.flops // workload.global_batch,
+    }
 
 
 def _trace(step: Callable, arguments: tuple[Any, Any], mesh: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import os
 import platform
@@ -87,17 +88,13 @@ def run_named(
             )
     suites = [load_suite(name) for name in what if name in suite_names()]
     names = [name for name in what if name not in files and name not in suite_names()]
-    described = describe(
-        [*family_modules(), *(str(Path(name).resolve()) for name in files)], limits
-    )
-    _refuse_doubles(described)
+    paths = [str(Path(name).resolve()) for name in files]
+    own = describe(paths, limits)
     parts = [part for suite in suites for part in suite.parts]
-    own = [
-        one["name"]
-        for one in described
-        if one["module"] in {str(Path(name).resolve()) for name in files}
-    ]
-    chosen = tuple(names) or tuple(own)
+    chosen = tuple(names) or tuple(one["name"] for one in own)
+    asked = [*chosen, *(name for part in parts for name in part.candidates)]
+    described = [*describe(families_of([*asked, *(one["name"] for one in own)]), limits), *own]
+    _refuse_doubles(described)
     if chosen:
         parts.append(Part(candidates=chosen, targets=DEFAULT_TARGETS))
     parts = [
@@ -113,8 +110,21 @@ def run_named(
         measure=measure,
     )
     run(requests, out, limits, progress)
-    asked = {request.id for request in requests}
-    return [record for record in read_records(out) if record.id in asked]
+    ids = {request.id for request in requests}
+    return [record for record in read_records(out) if record.id in ids]
+
+
+def families_of(patterns: Sequence[str]) -> list[str]:
+    """Returns the modules of the shipped families that names or patterns of candidates begin with.
+
+    Reading a family imports it, so only those are read that can hold what is asked for.
+    """
+    prefixes = {pattern.split("-")[0] for pattern in patterns}
+    return [
+        module
+        for module in family_modules()
+        if any(fnmatch.fnmatchcase(module.rpartition(".")[2], prefix) for prefix in prefixes)
+    ]
 
 
 def _refuse_doubles(described: Sequence[Mapping[str, Any]]) -> None:

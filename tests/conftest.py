@@ -19,3 +19,13 @@ def pytest_configure(config: pytest.Config) -> None:
     cache = config.cache
     assert cache is not None
     os.environ["JAXBENCH_CACHE"] = str(cache.mkdir("jaxbench"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keeps the tests of a file in one process, when several run them, unless they say otherwise.
+
+    They share traced programs and fixtures.
+    """
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
