@@ -106,11 +106,18 @@ def build(name: str, layout: Layout, platform: str) -> Built:
 
 
 @functools.cache
-def digest(name: str, changes: tuple[tuple[str, Any], ...] = ()) -> str:
+def digest(
+    name: str,
+    changes: tuple[tuple[str, Any], ...] = (),
+    kind: Literal["train", "forward"] = "train",
+) -> str:
     """The program's identity on one device, with config fields changed."""
     candidate = load(name)
-    config = dataclasses.replace(candidate.config, **dict(changes))
-    changed = dataclasses.replace(candidate, config=config)
+    changed = dataclasses.replace(
+        candidate,
+        config=dataclasses.replace(candidate.config, **dict(changes)),
+        workload=dataclasses.replace(candidate.workload, kind=kind),
+    )
     return build_program(changed, ONE, abstract_mesh(ONE), "cpu").sha256
 
 
@@ -337,7 +344,11 @@ def test_config_field_changes_the_program(name: str, field: str) -> None:
     config = load(name).config
     hint = typing.get_type_hints(type(config))[field]
     value = other(getattr(config, field), hint)
-    assert digest(name, ((field, value),)) != digest(name)
+    changes = ((field, value),)
+    # Most fields show in the forward pass, which is traced in a third of the time; how much is
+    # kept for the backward pass shows only in the whole step.
+    if digest(name, changes, "forward") == digest(name, kind="forward"):
+        assert digest(name, changes) != digest(name)
 
 
 @each("name", CPU_NAMES)
