@@ -106,11 +106,7 @@ def build(name: str, layout: Layout, platform: str) -> Built:
 
 
 @functools.cache
-def digest(
-    name: str,
-    changes: tuple[tuple[str, Any], ...] = (),
-    kind: Literal["train", "forward"] = "train",
-) -> str:
+def digest(name: str, kind: Kind, changes: tuple[tuple[str, Any], ...] = ()) -> str:
     """The program's identity on one device, with config fields changed."""
     candidate = load(name)
     changed = dataclasses.replace(
