@@ -56,15 +56,15 @@ def attend(
     """
     B, T, N, H = query.shape
     K = key.shape[2]
-    scale = H**-0.5 if scale is None else scale
+    factor = H**-0.5 if scale is None else scale
     grouped = query.reshape(B, T, K, N // K, H)
     allowed = _allowed(causal, mask, T, key.shape[1])
     if bias is not None:
         bias = bias.reshape(bias.shape[0], K, N // K, *bias.shape[2:])
     if kind == "chunked":
-        mixed = _chunked(grouped, key, value, allowed, bias, scale, chunk)
+        mixed = _chunked(grouped, key, value, allowed, bias, factor, chunk)
     else:
-        scores = _scores(grouped, key, allowed, bias, scale)
+        scores = _scores(grouped, key, allowed, bias, factor)
         weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
         mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value)
     return mixed.reshape(B, T, N, value.shape[-1])
@@ -166,7 +166,8 @@ class Attention(nnx.Module):
         H, S = head_dim or dim // num_heads, source_dim or dim
         if N % K:
             raise ValueError(f"num_heads={N} is not divisible by num_kv_heads={K}.")
-        self.causal, self.theta, self.kind = causal, theta, kind
+        self.causal, self.theta = causal, theta
+        self.kind: AttentionKind = kind
         self.query = weight(rngs, (dim, N, H), ("embed", "heads", None), fan_in=dim)
         self.key = weight(rngs, (S, K, H), ("embed", "kv_heads", None), fan_in=S)
         self.value = weight(rngs, (S, K, H), ("embed", "kv_heads", None), fan_in=S)
