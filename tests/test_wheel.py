@@ -22,7 +22,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(ROOT / name, source)
     for name in ("jaxbench", "models"):
         ignore = shutil.ignore_patterns("__pycache__")
-        shutil.copytree(ROOT / name, source / name, ignore=ignore)
+        shutil.copytree(ROOT / name, source / name, ignore=ignore, symlinks=True)
     _call("uv", "build", "--quiet", "--wheel", "--out-dir", folder / "dist", source)
     (wheel,) = (folder / "dist").glob("*.whl")
     target = folder / "installed"
