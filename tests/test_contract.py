@@ -287,7 +287,7 @@ def train(name: str, layout: Layout, dtype: str) -> tuple[float, ...]:
     return tuple(losses)
 
 
-@each("name", CPU_NAMES)
+@each("name", CPU_NAMES, trains=True)
 def test_step_over_8_devices_gives_the_losses_of_one(name: str) -> None:
     one, many = (train(name, layout, "float32") for layout in (ONE, FSDP))
     # In float32 only the order of sums differs, some 1e-7 of the loss each time. The second loss
@@ -295,7 +295,7 @@ def test_step_over_8_devices_gives_the_losses_of_one(name: str) -> None:
     assert many[:2] == pytest.approx(one[:2], rel=1e-5)
 
 
-@each("name", CPU_NAMES)
+@each("name", CPU_NAMES, trains=True)
 def test_candidate_learns_its_batch(name: str) -> None:
     losses = train(name, ONE, "float32")
     assert losses[-1] < LEARNT * losses[0]
