@@ -46,19 +46,31 @@ LOWERINGS = [
     for name in NAMES
     for layout in ("data", "fsdp")
     for platform in ("tpu", "cuda")
-    # Each as it is compiled first; the base of a family also sharded, and the small ones for a
-    # second platform, since those are the file's matter.
-    if (layout == "data" or name in BASES)
-    and (platform == "tpu" or (DESCRIBED[name]["size"] == "cpu" and layout == "data"))
+    # A second layout and a second platform are the file's matter, not the variant's.
+    if layout == "data" or name in BASES
+    if platform == "tpu" or (DESCRIBED[name]["size"] == "cpu" and layout == "data")
+    if platform == "tpu" or name in BASES
 ]
 
 
-def each(arguments: str, cases: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrises over cases that begin with a candidate; rivals stay in one process."""
-    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
-    marked = [
-        pytest.param(*row, marks=pytest.mark.xdist_group(DESCRIBED[row[0]]["base"])) for row in rows
-    ]
+def each(
+    arguments: str, cases: Sequence[Any], *, held: Literal["all", "small", "bases"]
+) -> pytest.MarkDecorator:
+    """Parametrises over cases that begin with a candidate; rivals stay in one process.
+
+    Args:
+      held: Which are always held to the test: all; all but large variants, whose fields small ones
+        change too (tracing takes seconds); or bases alone (compiling takes more). The others are
+        where `-m every` asks for it.
+    """
+    marked = []
+    for case in cases:
+        row = case if isinstance(case, tuple) else (case,)
+        marks = [pytest.mark.xdist_group(DESCRIBED[row[0]]["base"])]
+        small = row[0] in BASES or DESCRIBED[row[0]]["size"] == "cpu"
+        if not {"all": True, "small": small, "bases": row[0] in BASES}[held]:
+            marks.append(pytest.mark.every)
+        marked.append(pytest.param(*row, marks=marks))
     return pytest.mark.parametrize(arguments.split(), marked)
 
 
@@ -125,7 +137,7 @@ def test_names_over_all_families_are_unique() -> None:
     assert len(names) == len(set(names))
 
 
-@each("name", NAMES)
+@each("name", NAMES, held="all")
 def test_name_is_family_size_change(name: str) -> None:
     candidate = load(name)
     assert re.fullmatch(rf"{candidate.family}-{candidate.size}(-[a-z0-9_]+)+", name)
@@ -133,7 +145,7 @@ def test_name_is_family_size_change(name: str) -> None:
     assert candidate.size in {"cpu", "paper", "fleet"}
 
 
-@each("name", NAMES)
+@each("name", NAMES, held="all")
 def test_base_exists_and_is_its_own_base(name: str) -> None:
     candidate = load(name)
     assert candidate.base in NAMES
@@ -146,7 +158,7 @@ def test_base_exists_and_is_its_own_base(name: str) -> None:
     assert candidate.source
 
 
-@each("name", NAMES)
+@each("name", NAMES, held="all")
 def test_rivals_do_the_same_work(name: str) -> None:
     assert load(name).workload == load(load(name).base).workload
 
@@ -171,7 +183,7 @@ def test_what_large_variants_change_is_also_changed_at_cpu_size(family: str) -> 
 # --- What it is before any device is known ---
 
 
-@each("name", NAMES)
+@each("name", NAMES, held="all")
 def test_parameters_carry_logical_axes_that_layouts_know(name: str) -> None:
     candidate = load(name)
     with nnx.use_eager_sharding(False):
@@ -182,22 +194,14 @@ def test_parameters_carry_logical_axes_that_layouts_know(name: str) -> None:
     for path, parameter in parameters:
         axes = parameter.get_metadata().get("out_sharding")
         if axes is None:
-            continue  # Flax's own initialisers name no axes: a bias of a few numbers is replicated
+            # Flax's own initialisers name no axes: a bias of a few numbers is replicated.
+            assert len(parameter.shape) < 2, path
+            continue
         assert len(axes) == len(parameter.shape), path
         assert set(axes) - {None} <= known, path
 
 
-@each("name", NAMES)
-def test_large_parameters_all_carry_logical_axes(name: str) -> None:
-    candidate = load(name)
-    with nnx.use_eager_sharding(False):
-        module = nnx.eval_shape(lambda: candidate.build(candidate.config, nnx.Rngs(params=0)))
-    for path, parameter in nnx.to_flat_state(nnx.state(module, nnx.Param)):
-        if len(parameter.shape) > 1:
-            assert parameter.get_metadata().get("out_sharding") is not None, path
-
-
-@each("name layout platform", LOWERINGS)
+@each("name layout platform", LOWERINGS, held="small")
 def test_lowers_for_absent_devices(name: str, layout: str, platform: str) -> None:
     built = build(name, {"data": DATA, "fsdp": FSDP}[layout], platform).program
     assert f'sdy.mesh @mesh = <["{layout}"={NUM_DEVICES}]>' in built.lowered.as_text()
@@ -241,7 +245,7 @@ def scopes_of(family: str) -> set[str]:
     return {name for text in texts for name in re.findall(r'named_scope\("(\w+)"\)', text)}
 
 
-@each("name", NAMES)
+@each("name", NAMES, held="small")
 def test_every_product_lies_in_a_scope_of_a_part(name: str) -> None:
     scopes = scopes_of(DESCRIBED[name]["module"])
     for equation, stack in products(name):
@@ -250,7 +254,7 @@ def test_every_product_lies_in_a_scope_of_a_part(name: str) -> None:
         assert len(inside) >= 2, f"{equation.primitive.name} at {stack!r}"
 
 
-@each("name", NAMES)
+@each("name", NAMES, held="small")
 def test_every_product_is_in_the_workloads_dtype(name: str) -> None:
     dtype = np.dtype(load(name).workload.dtype)
     for equation, stack in products(name):
@@ -258,7 +262,7 @@ def test_every_product_is_in_the_workloads_dtype(name: str) -> None:
         assert dtypes == {dtype}, f"{equation.primitive.name} at {stack!r}"
 
 
-@each("name", NAMES)
+@each("name", NAMES, held="small")
 def test_step_never_calls_back_to_the_host(name: str) -> None:
     found = {eqn.primitive.name for eqn, _ in operations(build(name, DATA, "tpu").jaxpr.jaxpr)}
     assert not [primitive for primitive in found if "callback" in primitive]
@@ -287,7 +291,7 @@ def train(name: str, layout: Layout, dtype: str) -> tuple[float, ...]:
     return tuple(losses)
 
 
-@each("name", CPU_NAMES, trains=True)
+@each("name", CPU_NAMES, held="bases")
 def test_step_over_8_devices_gives_the_losses_of_one(name: str) -> None:
     one, many = (train(name, layout, "float32") for layout in (ONE, FSDP))
     # In float32 only the order of sums differs, some 1e-7 of the loss each time. The second loss
@@ -295,13 +299,13 @@ def test_step_over_8_devices_gives_the_losses_of_one(name: str) -> None:
     assert many[:2] == pytest.approx(one[:2], rel=1e-5)
 
 
-@each("name", CPU_NAMES, trains=True)
+@each("name", CPU_NAMES, held="bases")
 def test_candidate_learns_its_batch(name: str) -> None:
     losses = train(name, ONE, "float32")
     assert losses[-1] < LEARNT * losses[0]
 
 
-@each("name", [name for name in CPU_NAMES if name in BASES])
+@each("name", [name for name in CPU_NAMES if name in BASES], held="bases")
 def test_base_in_the_workloads_dtype_gives_the_float32_loss_and_learns(name: str) -> None:
     exact = train(name, ONE, "float32")
     losses = train(name, ONE, load(name).workload.dtype)
@@ -335,7 +339,7 @@ def changed_fields() -> list[tuple[str, str]]:
     return cases
 
 
-@each("name field", changed_fields())
+@each("name field", changed_fields(), held="small")
 def test_config_field_changes_the_program(name: str, field: str) -> None:
     config = load(name).config
     hint = typing.get_type_hints(type(config))[field]
@@ -347,7 +351,7 @@ def test_config_field_changes_the_program(name: str, field: str) -> None:
         assert digest(name, "train", changes) != digest(name, "train")
 
 
-@each("name", [name for name in CPU_NAMES if name not in BASES])
+@each("name", [name for name in CPU_NAMES if name not in BASES], held="small")
 def test_variant_is_another_program_than_its_rivals(name: str) -> None:
     rivals = [other for other in CPU_NAMES if DESCRIBED[other]["base"] == DESCRIBED[name]["base"]]
     alike = [
