@@ -376,15 +376,12 @@ def _rivals(
     ]
 
 
-def _workload(
-    images: tuple[int, ...], num_classes: int, global_batch: int, learning_rate: float
-) -> Workload:
+def _workload(images: tuple[int, ...], num_classes: int, global_batch: int) -> Workload:
     """Returns a training step on images, with a label for each."""
     labels = Input(shape=images[:-3], dtype="int32", high=num_classes)
     return Workload(
         global_batch=global_batch,
         inputs=(("images", Input(shape=images)), ("labels", labels)),
-        learning_rate=learning_rate,
     )
 
 
@@ -399,9 +396,9 @@ FLEET_SOURCE = (
     "He et al., CVPR 2016, ResNet-101, on eight cameras of 1280x960 as Tesla described them in "
     "2021; remat and the batch are ours"
 )
-_CPU_WORK = _workload((32, 32, 3), 10, 8, 3e-3)
-_PAPER_WORK = _workload((224, 224, 3), 1000, 512, 1e-3)
-_FLEET_WORK = _workload((8, 960, 1280, 3), 1000, 32, 1e-3)
+_CPU_WORK = _workload((32, 32, 3), 10, 8)
+_PAPER_WORK = _workload((224, 224, 3), 1000, 512)
+_FLEET_WORK = _workload((8, 960, 1280, 3), 1000, 32)
 _SQUEEZE: Variant = ("se", "T2", {"squeeze_excite": True}, "plain blocks with gated ones")
 
 CANDIDATES: tuple[Candidate, ...] = (
