@@ -110,7 +110,8 @@ class Attention(nnx.Module):
 
     def __init__(self, config: T5Config, *, causal: bool = False, rngs: nnx.Rngs) -> None:
         D, N, H = config.embed_dim, config.num_heads, config.head_dim
-        self.causal, self.kind = causal, config.attention
+        self.causal = causal
+        self.kind: AttentionKind = config.attention
         self.query = weight(rngs, (D, N, H), ("embed", "heads", None), fan_in=D * H)
         self.key = weight(rngs, (D, N, H), ("embed", "heads", None), fan_in=D)
         self.value = weight(rngs, (D, N, H), ("embed", "heads", None), fan_in=D)

@@ -152,7 +152,8 @@ class SelfAttention(nnx.Module):
 
     def __init__(self, config: ViTConfig, *, windows: int, rngs: nnx.Rngs) -> None:
         D, N, H = config.embed_dim, config.num_heads, config.head_dim
-        self.kind, self.num_windows = config.attention, windows**2
+        self.kind: AttentionKind = config.attention
+        self.num_windows = windows**2
         self.num_prefix = (config.pool == "token") + config.registers
         self.project = weight(rngs, (D, 3, N, H), ("embed", None, "heads", None), fan_in=D)
         self.project_bias = constant((3, N, H), (None, "heads", None), 0.0)

@@ -24,7 +24,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxbench.candidate import constrain
-from jaxbench.models.blocks.convolution import Conv, ConvNorm, upsample
+from jaxbench.models.blocks.convolution import Conv, ConvNorm, max_pool, upsample
 from jaxbench.models.blocks.stack import Stack
 
 CAMERA_HEIGHT_M = 1.6
@@ -136,16 +136,7 @@ class Backbone(nnx.Module):
 
     @jax.named_scope("backbone")
     def __call__(self, x: Float[Array, "B H W 3"]) -> list[Float[Array, "B _ _ _"]]:
-        return self.stages(_pool(self.stem(x)))
-
-
-def _pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
-    """Takes the largest value of 3x3 pixels at stride 2.
-
-    The start must be a number of the host: JAX differentiates only what it knows to be a maximum.
-    """
-    edges = ((0, 0), (1, 1), (1, 1), (0, 0))
-    return jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), edges)
+        return self.stages(max_pool(self.stem(x)))
 
 
 class Pyramid(nnx.Module):

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -93,15 +94,13 @@ class ConvNorm(nnx.Module):
         return y if self.activation is None else self.activation(y)
 
 
-def max_pool(
-    x: Float[Array, "B H W C"], *, window: int = 3, stride: int = 2
-) -> Float[Array, "B H2 W2 C"]:
-    """Takes the largest value of each window, edges padded with nothing, as ResNet's stem does."""
-    low = jnp.array(-jnp.inf, x.dtype)
-    window_dims, strides = (1, window, window, 1), (1, stride, stride, 1)
-    pad = (window - 1) // 2
-    padding = ((0, 0), (pad, pad), (pad, pad), (0, 0))
-    return jax.lax.reduce_window(x, low, jax.lax.max, window_dims, strides, padding)
+def max_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 C"]:
+    """Takes the largest value of 3x3 pixels at stride 2, edges padded by one, as in ResNet's stem.
+
+    The start must be a number of the host: JAX differentiates only what it knows to be a maximum.
+    """
+    padding = ((0, 0), (1, 1), (1, 1), (0, 0))
+    return jax.lax.reduce_window(x, -np.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), padding)
 
 
 def upsample(x: Float[Array, "B H W C"], factor: int = 2) -> Float[Array, "B H2 W2 C"]:

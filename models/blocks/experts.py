@@ -228,7 +228,8 @@ class Experts(nnx.Module):
     ) -> None:
         E, D, F = num_experts, dim, hidden
         self.top_k, self.normalise, self.dispatch = top_k, normalise, dispatch
-        self.balance, self.balance_weight = balance, balance_weight
+        self.balance: Balance = balance
+        self.balance_weight = balance_weight
         self.router = Linear(D, E, ("embed", None), bias=False, rngs=rngs)
         self.gate = weight(rngs, (E, D, F), (None, "embed", "mlp"), fan_in=D)
         self.up = weight(rngs, (E, D, F), (None, "embed", "mlp"), fan_in=D)
