@@ -35,6 +35,7 @@ QUICK = {"xla_backend_optimization_level": 0}
 DATA = Layout(axes=(("data", NUM_DEVICES),))
 FSDP = Layout(axes=(("fsdp", NUM_DEVICES),))
 ONE = Layout(axes=(("data", 1),))
+SPLIT = [logical for logical, axes in RULES if "fsdp" in axes and logical != "batch"]
 
 DESCRIBED = {given["name"]: given for given in describe_candidates(family_modules())}
 NAMES = list(DESCRIBED)
@@ -46,10 +47,13 @@ LOWERINGS = [
     for name in NAMES
     for layout in ("data", "fsdp")
     for platform in ("tpu", "cuda")
-    # A second layout and a second platform are the file's matter, not the variant's.
-    if layout == "data" or name in BASES
-    if platform == "tpu" or (DESCRIBED[name]["size"] == "cpu" and layout == "data")
-    if platform == "tpu" or name in BASES
+    # A second layout and a second platform are the file's matter, not that of a size or a variant.
+    if (layout, platform) == ("data", "tpu")
+    or (
+        name in BASES
+        and DESCRIBED[name]["size"] == "cpu"
+        and (layout, platform) != ("fsdp", "cuda")
+    )
 ]
 
 
@@ -60,8 +64,8 @@ def each(
 
     Args:
       held: Which are always held to the test: all; all but large variants, whose fields small ones
-        change too (tracing takes seconds); or bases alone (compiling takes more). The others are
-        where `-m every` asks for it.
+        change too; or bases alone, where a step must be traced or compiled. The others are where
+        `-m every` asks for it.
     """
     marked = []
     for case in cases:
@@ -199,9 +203,13 @@ def test_parameters_carry_logical_axes_that_layouts_know(name: str) -> None:
             continue
         assert len(axes) == len(parameter.shape), path
         assert set(axes) - {None} <= known, path
+        # What FSDP splits divides over its devices: 8 here, 32 on a slice of a pod.
+        ways = NUM_DEVICES if candidate.size == "cpu" else 32
+        split = [size for size, axis in zip(parameter.shape, axes, strict=True) if axis in SPLIT]
+        assert not [size for size in split if size % ways], path
 
 
-@each("name layout platform", LOWERINGS, held="small")
+@each("name layout platform", LOWERINGS, held="bases")
 def test_lowers_for_absent_devices(name: str, layout: str, platform: str) -> None:
     built = build(name, {"data": DATA, "fsdp": FSDP}[layout], platform).program
     assert f'sdy.mesh @mesh = <["{layout}"={NUM_DEVICES}]>' in built.lowered.as_text()
@@ -245,7 +253,7 @@ def scopes_of(family: str) -> set[str]:
     return {name for text in texts for name in re.findall(r'named_scope\("(\w+)"\)', text)}
 
 
-@each("name", NAMES, held="small")
+@each("name", NAMES, held="bases")
 def test_every_product_lies_in_a_scope_of_a_part(name: str) -> None:
     scopes = scopes_of(DESCRIBED[name]["module"])
     for equation, stack in products(name):
@@ -254,7 +262,7 @@ def test_every_product_lies_in_a_scope_of_a_part(name: str) -> None:
         assert len(inside) >= 2, f"{equation.primitive.name} at {stack!r}"
 
 
-@each("name", NAMES, held="small")
+@each("name", NAMES, held="bases")
 def test_every_product_is_in_the_workloads_dtype(name: str) -> None:
     dtype = np.dtype(load(name).workload.dtype)
     for equation, stack in products(name):
@@ -262,7 +270,7 @@ def test_every_product_is_in_the_workloads_dtype(name: str) -> None:
         assert dtypes == {dtype}, f"{equation.primitive.name} at {stack!r}"
 
 
-@each("name", NAMES, held="small")
+@each("name", NAMES, held="bases")
 def test_step_never_calls_back_to_the_host(name: str) -> None:
     found = {eqn.primitive.name for eqn, _ in operations(build(name, DATA, "tpu").jaxpr.jaxpr)}
     assert not [primitive for primitive in found if "callback" in primitive]
@@ -339,7 +347,7 @@ def changed_fields() -> list[tuple[str, str]]:
     return cases
 
 
-@each("name field", changed_fields(), held="small")
+@each("name field", changed_fields(), held="bases")
 def test_config_field_changes_the_program(name: str, field: str) -> None:
     config = load(name).config
     hint = typing.get_type_hints(type(config))[field]
