@@ -31,6 +31,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from jaxbench.candidate import Candidate, Input, Validity, Workload, constrain
+from jaxbench.models.blocks.convolution import max_pool
 from jaxbench.models.blocks.feedforward import ACTIVATIONS
 from jaxbench.models.blocks.losses import cross_entropy
 from jaxbench.models.blocks.norms import make_norm
@@ -188,9 +189,7 @@ class Stem(nnx.Module):
     @jax.named_scope("stem")
     def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H2 W2 F"]:
         x = self.unit(images)
-        if not self.pooled:
-            return x
-        return nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+        return max_pool(x) if self.pooled else x
 
 
 class SqueezeExcite(nnx.Module):
