@@ -69,6 +69,9 @@ def _add_list(commands: Any) -> None:
     parser.add_argument(
         "what", nargs="?", choices=("candidates", "targets", "suites"), help="all three if left out"
     )
+    parser.add_argument(
+        "families", nargs="*", metavar="FAMILY", help="candidates of these families only"
+    )
 
 
 def _add_run(commands: Any) -> None:
@@ -181,7 +184,7 @@ def _list(arguments: argparse.Namespace) -> int:
     from jaxbench.report.terminal import progress_line
 
     with progress_line() as progress:
-        found = list_everything(arguments.what, progress)
+        found = list_everything(arguments.what, arguments.families, progress)
     _show(arguments, found)
     return 0
 

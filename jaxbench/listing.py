@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxbench.discovery import family_modules
+from jaxbench.errors import UsageError
 from jaxbench.report.tables import Table, format_number
-from jaxbench.run import Progress, describe
+from jaxbench.run import Progress, describe, families_of
 from jaxbench.sizes import size_candidates
 from jaxbench.suite import load_suite, suite_names
 from jaxbench.target import chip_table, missing_compiler
 
 
-def list_everything(what: str | None, progress: Progress) -> dict[str, Any]:
+def list_everything(
+    what: str | None, families: Sequence[str], progress: Progress
+) -> dict[str, Any]:
     """Returns the tables and JSON-ready values of one kind of thing, or an overview of all.
 
     Args:
       what: `candidates`, with their sizes, `targets` or `suites`; None for suites, targets and
         families.
+      families: Families whose candidates are listed; all if empty.
       progress: Is told of what is counted; sizes that are not in the cache take seconds each.
+
+    Raises:
+      UsageError: if there is no such family, or families of something else are asked for.
     """
+    if families and what != "candidates":
+        raise UsageError(f"{what} has no families. Write jaxbench list candidates FAMILY.")
     if what == "candidates":
-        described, tables = _candidates(progress)
+        described, tables = _candidates(_modules(families), progress)
         return {"values": {"candidates": described}, "tables": tables}
     makers = {"suites": _suites, "targets": _targets, "candidates": _families}
     chosen = [what] if what else list(makers)
@@ -82,12 +91,21 @@ def _families() -> tuple[list[dict[str, Any]], Table]:
         by_size = ", ".join(f"{count} {size}" for size, count in counts.items())
         rows.append((family, by_size, str(pairs)))
     header = ("family", "candidates by size", "variants of a base")
-    note = "`jaxbench list candidates` shows each, with its size and what it changes."
+    note = "`jaxbench list candidates FAMILY` shows each, with its size and what it changes."
     return described, Table(title="Families", header=header, rows=tuple(rows), notes=(note,))
 
 
-def _candidates(progress: Progress) -> tuple[list[dict[str, Any]], list[Table]]:
-    described = size_candidates(describe(family_modules()), progress)
+def _modules(families: Sequence[str]) -> list[str]:
+    known = family_modules()
+    names = [module.rpartition(".")[2] for module in known]
+    for family in families:
+        if family not in names:
+            raise UsageError(f"Unknown family {family!r}. There are {', '.join(names)}.")
+    return families_of(families) if families else known
+
+
+def _candidates(modules: list[str], progress: Progress) -> tuple[list[dict[str, Any]], list[Table]]:
+    described = size_candidates(describe(modules), progress)
     return described, [
         Table(
             title=f"Family {family}",

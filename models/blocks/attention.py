@@ -172,11 +172,10 @@ class Attention(nnx.Module):
         self.key = weight(rngs, (S, K, H), ("embed", "kv_heads", None), fan_in=S)
         self.value = weight(rngs, (S, K, H), ("embed", "kv_heads", None), fan_in=S)
         self.out = weight(rngs, (N, H, dim), ("heads", None, "embed"), fan_in=N * H)
-        self.biases = None
-        if bias:
-            rows = ((N, H), (K, H), (K, H))
-            self.biases = nnx.List([constant(row, ("heads", None), 0.0) for row in rows])
-            self.out_bias = constant((dim,), (None,), 0.0)
+        rows = (((N, H), "heads"), ((K, H), "kv_heads"), ((K, H), "kv_heads"))
+        biases = [constant(row, (axis, None), 0.0) for row, axis in rows]
+        self.biases = nnx.List(biases) if bias else None
+        self.out_bias = constant((dim,), (None,), 0.0) if bias else None
 
     @jax.named_scope("attention")
     def __call__(
@@ -207,4 +206,4 @@ class Attention(nnx.Module):
             query, key = rotate(query, self.theta), rotate(key, self.theta)
         mixed = attend(query, key, value, causal=self.causal, mask=mask, bias=bias, kind=self.kind)
         y = jnp.einsum("BTNH,NHD->BTD", mixed, self.out[...].astype(x.dtype))
-        return y if self.biases is None else y + spread(self.out_bias[...], y)
+        return y if self.out_bias is None else y + spread(self.out_bias[...], y)
