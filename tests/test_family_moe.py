@@ -1,10 +1,7 @@
 """Mixture-of-experts decoders: published sizes, exact rewrites, slots and balance by hand."""
 
-import functools
-import math
 from collections.abc import Iterator
 from typing import Any
-from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,65 +9,12 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.extend.core import ClosedJaxpr
+from rewrites import check_rewrites, count_parameters
 
 from jaxbench.models import moe
 from jaxbench.models.blocks import experts
-from jaxbench.program import make_batch
 
 BY_NAME = {candidate.name: candidate for candidate in moe.CANDIDATES}
-REWRITES = [
-    candidate.name
-    for candidate in moe.CANDIDATES
-    if candidate.size == "cpu" and candidate.validity == "T0"
-]
-# LLVM unoptimised: most of the time would go into code that runs once.
-QUICK = {"xla_backend_optimization_level": 0}
-
-
-def abstract(name: str) -> Any:
-    with nnx.use_eager_sharding(False):
-        config = BY_NAME[name].config
-        return nnx.eval_shape(lambda: moe.build(config, nnx.Rngs(params=0)))
-
-
-def num_params(name: str) -> int:
-    state = nnx.state(abstract(name), nnx.Param)
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
-
-
-@functools.cache
-def start(name: str) -> dict[str, Any]:
-    pure = nnx.to_pure_dict(nnx.state(abstract(name), nnx.Param))
-    leaves, tree = jax.tree.flatten(pure)
-    draw = np.random.default_rng(0).standard_normal
-    return jax.tree.unflatten(tree, [0.2 * draw(x.shape).astype(np.float32) for x in leaves])
-
-
-def value_and_gradient(name: str, pure: dict[str, Any]) -> Any:
-    graph, state = nnx.split(abstract(name), nnx.Param)
-    candidate = BY_NAME[name]
-    batch = make_batch(candidate.workload, jax.random.key(1))
-
-    def loss_of(pure: dict[str, Any]) -> Any:
-        nnx.replace_by_pure_dict(state, pure)
-        return candidate.loss(nnx.merge(graph, state), batch)
-
-    with mock.patch.object(moe, "DTYPE", jnp.float32):
-        step = jax.jit(jax.value_and_grad(loss_of), compiler_options=QUICK)
-        value, gradient = jax.device_get(step(pure))
-    return float(value), gradient
-
-
-@functools.cache
-def base_value_and_gradient(name: str) -> Any:
-    return value_and_gradient(name, start(name))
-
-
-def carry_layers(pure: dict[str, Any], num_layers: int) -> dict[str, Any]:
-    """Takes stacked layers apart, as a network whose layers are written out holds them."""
-    layers = pure["stack"]["layers"]
-    apart = {i: jax.tree.map(lambda leaf, i=i: leaf[i], layers) for i in range(num_layers)}
-    return pure | {"stack": {"layers": apart}}
 
 
 def ragged_products(jaxpr: Any) -> Iterator[Any]:
@@ -92,22 +36,14 @@ def ragged_products(jaxpr: Any) -> Iterator[Any]:
     ],
 )
 def test_parameters_are_as_many_as_published(name: str, exact: int) -> None:
-    assert num_params(name) == exact
+    assert count_parameters(BY_NAME[name]) == exact
 
 
-@pytest.mark.parametrize("name", REWRITES)
-def test_exact_rewrites_agree_in_value_and_gradient(name: str) -> None:
-    base, config = BY_NAME[name].base, BY_NAME[name].config
-    pure, (value, gradient) = start(base), base_value_and_gradient(base)
-    if config.layers == "unroll":
-        pure, gradient = (carry_layers(tree, config.num_layers) for tree in (pure, gradient))
-    other_value, other_gradient = value_and_gradient(name, pure)
-    assert other_value == pytest.approx(value, rel=1e-5)
-    for wanted, found in zip(
-        jax.tree.leaves(gradient), jax.tree.leaves(other_gradient), strict=True
-    ):
-        # Sums in another order: some 1e-6 of a tensor's largest entry.
-        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+@pytest.mark.parametrize("base", ["moe-cpu-mixtral", "moe-cpu-deepseek"])
+def test_exact_rewrites_agree_in_value_and_gradient(base: str) -> None:
+    rivals = [rival for rival in moe.CANDIDATES if rival.base == base and rival.validity == "T0"]
+    assert len(rivals) >= 2
+    check_rewrites(moe, BY_NAME[base], rivals)
 
 
 def test_slots_by_token_first_choices_come_first_and_the_rest_is_dropped() -> None:

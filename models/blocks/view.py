@@ -42,9 +42,10 @@ def sector_order(edge: int, num_cameras: int) -> Int[np.ndarray, " Q"]:
     if edge * edge % num_cameras:
         raise ValueError(f"{edge}x{edge} cells do not divide among {num_cameras} cameras.")
     forward, left = raster_positions(edge).T
-    # Rounded: a cell on the edge of two sectors must not fall behind the last one.
-    turned = np.round(np.arctan2(left, forward) + math.pi / num_cameras, 5)
-    return np.argsort(turned % (2 * math.pi), kind="stable").astype(np.int32)
+    # Rounded: a cell straight ahead must come first, not last.
+    direction = np.round(np.arctan2(left, forward), 5) % (2 * math.pi)
+    order = np.argsort(direction, kind="stable").astype(np.int32)
+    return np.roll(order, order.size // num_cameras // 2)
 
 
 def ray_directions(
