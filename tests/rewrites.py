@@ -1,5 +1,6 @@
 """Exact rewrites: one set of values, one batch, two programs, the same loss and gradient."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from types import ModuleType
@@ -67,6 +68,19 @@ def fill(candidate: Candidate, values: Values) -> Any:
     ]
     rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
     return nnx.merge(graph, nnx.from_flat_state(given), rest)
+
+
+def compiled_call(candidate: Candidate, values: Values) -> Callable[..., Any]:
+    """The network with these values as a compiled function of its inputs.
+
+    A loop over layers takes variables of its own trace only, so they are handed in.
+    """
+    graph, state = nnx.split(fill(candidate, values))
+
+    def call(state: Any, *inputs: Any) -> Any:
+        return nnx.merge(graph, state)(*inputs)
+
+    return functools.partial(jax.jit(call, compiler_options=QUICK), state)
 
 
 def deal(values: Values, like: Iterable[Path]) -> Values:

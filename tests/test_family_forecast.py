@@ -1,12 +1,13 @@
 """Motion forecasting: exact rewrites, neighbours, masks and the mixture's likelihood."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rewrites import QUICK, check_rewrites, count_parameters, draw, fill
+from rewrites import check_rewrites, compiled_call, count_parameters, draw
 
 from jaxbench.models import forecast
 from jaxbench.program import make_batch
@@ -50,10 +51,13 @@ def test_likelihood_of_a_correlated_normal() -> None:
 @pytest.mark.parametrize("name", ["forecast-cpu-base", "forecast-cpu-local"])
 def test_what_was_not_seen_changes_nothing(name: str) -> None:
     candidate = NAMED[name]
-    network = fill(candidate, draw(candidate))
     batch = make_batch(candidate.workload, jax.random.key(0))
     hidden = batch["lanes"].at[:, 3, :, -1].set(-2.0)
-    call = jax.jit(lambda lanes: network(batch["history"], lanes)[1], compiler_options=QUICK)
+    network = compiled_call(candidate, draw(candidate))
+
+    def call(lanes: Any) -> Any:
+        return network(batch["history"], lanes)[1]
+
     # Only what the last feature does not say may change, and it stays where it was.
     changed = hidden.at[:, 3, :, 4:-1].add(1.0)
     np.testing.assert_array_equal(call(hidden), call(changed))

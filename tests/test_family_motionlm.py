@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rewrites import QUICK, Values, check_rewrites, deal, draw, fill
+from rewrites import Values, check_rewrites, compiled_call, deal, draw
 
 from jaxbench.models import motionlm
 from jaxbench.program import make_batch
@@ -42,12 +42,11 @@ def test_mask_of_two_agents_and_two_steps() -> None:
 @pytest.mark.parametrize("change", ["base", "factorised", "marginal"])
 def test_a_token_tells_only_later_steps(change: str) -> None:
     candidate = NAMED[f"motionlm-cpu-{change}"]
-    network = fill(candidate, draw(candidate))
     batch = make_batch(candidate.workload, jax.random.key(0))
     # Step 1 of agent 0 changes.
     tokens = jnp.zeros((2, 2, 4), jnp.int32).at[1, 0, 1].set(5)
     scene = [jnp.tile(batch[name][:1], (2, 1, 1, 1)) for name in ("history", "lanes")]
-    call = jax.jit(lambda *inputs: network(*inputs), compiler_options=QUICK)
+    call = compiled_call(candidate, draw(candidate))
     logits = call(*scene, tokens)
     changed = np.any(np.asarray(logits[0] != logits[1]), axis=-1)
     np.testing.assert_array_equal(changed[:2], False)

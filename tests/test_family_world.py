@@ -2,11 +2,17 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rewrites import QUICK, Values, check_rewrites, count_parameters, deal, draw, fill
+from rewrites import (
+    Values,
+    check_rewrites,
+    compiled_call,
+    count_parameters,
+    deal,
+    draw,
+)
 
 from jaxbench.models import world
 
@@ -46,10 +52,9 @@ def test_exact_rewrites_agree_in_value_and_gradient() -> None:
 @pytest.mark.parametrize("name", ["world-cpu-base", "world-cpu-factorised"])
 def test_a_token_is_predicted_from_earlier_ones_alone(name: str) -> None:
     candidate = NAMED[name]
-    network = fill(candidate, draw(candidate))
     images = jnp.zeros((2, 3, 18), jnp.int32).at[1, 1, 7].set(5)
     text, actions = jnp.zeros((2, 3, 4), jnp.int32), jnp.zeros((2, 3, 2))
-    call = jax.jit(lambda *batch: network(*batch), compiler_options=QUICK)
+    call = compiled_call(candidate, draw(candidate))
     states = call(text, images, actions)
     changed = np.any(np.asarray(states[0] != states[1]), axis=-1)
     # Token 7 of frame 1 is predicted from what precedes it; the next one is told of it.
