@@ -78,10 +78,20 @@ class NFNetConfig:
     remat: Remat = "none"
 
 
-class WSConv(nnx.Module):
-    """Convolution with weights gain * (w - mean) / (deviation * sqrt(fan_in)), and a bias.
+@jax.named_scope("standardise")
+def standardise(
+    kernel: Float[Array, "_ _ C F"], gain: Float[Array, " F"]
+) -> Float[Array, "_ _ C F"]:
+    """Computes gain * (w - mean) / (deviation * sqrt(fan_in)), by output channel."""
+    fan_in = kernel.size // kernel.shape[-1]
+    mean = jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
+    variance = jnp.mean(jnp.square(kernel - mean), axis=(0, 1, 2), keepdims=True)
+    factor = jax.lax.rsqrt(jnp.maximum(variance * fan_in, 1e-4))
+    return (kernel - mean) * factor * spread(gain, kernel)
 
-    Statistics are those of each output channel's weights, in float32.
+
+class WSConv(nnx.Module):
+    """Convolution with standardised weights and a bias.
 
     Args:
       sharded: Give the output channels their logical axis; never if grouped, as in `Conv`.
@@ -107,20 +117,11 @@ class WSConv(nnx.Module):
         self.gain = constant((num_out,), (out,), 1.0)
         self.bias = constant((num_out,), (out,), 0.0)
 
-    @jax.named_scope("standardise")
-    def _standardised(self) -> Float[Array, "_ _ C F"]:
-        kernel = self.kernel[...]
-        fan_in = kernel.size // kernel.shape[-1]
-        mean = jnp.mean(kernel, axis=(0, 1, 2), keepdims=True)
-        variance = jnp.mean(jnp.square(kernel - mean), axis=(0, 1, 2), keepdims=True)
-        factor = jax.lax.rsqrt(jnp.maximum(variance * fan_in, 1e-4))
-        return (kernel - mean) * factor * spread(self.gain[...], kernel)
-
     @jax.named_scope("ws_conv")
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H2 W2 F"]:
         y = jax.lax.conv_general_dilated(
             x,
-            self._standardised().astype(x.dtype),
+            standardise(self.kernel[...], self.gain[...]).astype(x.dtype),
             window_strides=(self.stride, self.stride),
             padding="SAME",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
