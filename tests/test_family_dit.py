@@ -26,6 +26,8 @@ NAMED = {candidate.name: candidate for candidate in dit.CANDIDATES}
         ("dit-paper-b2", 130_512_416 - 196_608, 130e6),
         ("dit-paper-l2", 458_102_816 - 262_144, 458e6),
         ("dit-paper-xl2", 675_129_632 - 294_912, 675e6),
+        ("dit-paper-xl2-cross", 597_862_688, 598e6),
+        ("dit-paper-xl2-tokens", 449_162_528, 449e6),
         ("dit-paper-xl2-head64", 674_834_720, 675e6),
         ("dit-paper-xl2-head128", 674_834_720, 675e6),
     ],
