@@ -14,6 +14,7 @@ import pytest
 from flax import nnx
 
 from jaxbench.candidate import Candidate
+from jaxbench.discovery import load_candidate
 from jaxbench.mathematics import count_mathematics
 from jaxbench.program import make_batch
 
@@ -30,8 +31,16 @@ def abstract(candidate: Candidate) -> Any:
         return nnx.eval_shape(lambda: candidate.build(candidate.config, nnx.Rngs(params=0)))
 
 
-def count_parameters(candidate: Candidate) -> int:
-    leaves = jax.tree.leaves(nnx.state(abstract(candidate), nnx.Param))
+def find(name: str) -> Candidate:
+    return load_candidate(f"jaxbench.models.{name.split('-')[0]}", name)
+
+
+def count_parameters(candidate: Candidate, part: str | None = None) -> int:
+    """Parameters of the network, or of one of its attributes; a path is dotted."""
+    module = abstract(candidate)
+    for attribute in part.split(".") if part else ():
+        module = getattr(module, attribute)
+    leaves = jax.tree.leaves(nnx.state(module, nnx.Param))
     return sum(math.prod(leaf.shape) for leaf in leaves)
 
 

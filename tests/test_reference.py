@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rewrites import QUICK, Values, count_parameters, fill
 
 from jaxbench.candidate import Candidate
 from jaxbench.models import convnet, convnext, language, moe, regnet, resnet, t5, vit
-from rewrites import QUICK, Values, count_parameters, fill
 
 pytestmark = [pytest.mark.reference, pytest.mark.filterwarnings("default")]
 
