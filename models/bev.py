@@ -349,34 +349,48 @@ PAPER = BevConfig(
 )
 
 
-def _workload(height: int, width: int, edge: int, global_batch: int) -> Workload:
-    """Returns a training step on six cameras and a square map."""
-    images = Input(shape=(6, height, width, 3))
+FLEET = dataclasses.replace(PAPER, num_bins=77, extent_m=80)
+
+
+def _workload(
+    height: int, width: int, edge: int, global_batch: int, *, cameras: int = 6
+) -> Workload:
+    """Returns a training step on some cameras and a square map."""
+    images = Input(shape=(cameras, height, width, 3))
     labels = Input(shape=(edge, edge), dtype="int32")
     return Workload(global_batch=global_batch, inputs=(("images", images), ("labels", labels)))
 
 
-def _rivals(size: str, config: BevConfig, workload: Workload, source: str) -> list[Candidate]:
+CHANGES = {
+    "segsum": ("segment_sum", ""),
+    "gather": ("gather", "segment sum with row contraction and a precomputed gather"),
+    "product": ("product", "segment sum with row contraction and a one-hot product"),
+}
+
+
+def _rivals(
+    size: str,
+    config: BevConfig,
+    workload: Workload,
+    source: str,
+    changes: tuple[str, ...] = tuple(CHANGES),
+) -> list[Candidate]:
     """Returns one candidate for each lift."""
     return [
         Candidate(
             name=f"bev-{size}-{change}",
             family="bev",
             size=size,
-            config=dataclasses.replace(config, lift=lift),
+            config=dataclasses.replace(config, lift=CHANGES[change][0]),
             build=build,
             loss=loss,
             workload=workload,
             base=f"bev-{size}-segsum",
-            replaces=replaces,
-            validity="T0" if replaces else "base",
+            replaces=CHANGES[change][1],
+            validity="T0" if CHANGES[change][1] else "base",
             source=source,
         )
-        for change, lift, replaces in (
-            ("segsum", "segment_sum", ""),
-            ("gather", "gather", "segment sum with row contraction and a precomputed gather"),
-            ("product", "product", "segment sum with row contraction and a one-hot product"),
-        )
+        for change in changes
     ]
 
 
@@ -385,8 +399,19 @@ PAPER_SOURCE = (
     "Philion and Fidler, Lift-Splat-Shoot, ECCV 2020: images, bins, map and context; the residual "
     "backbone, the field of view and the batch are ours"
 )
+FLEET_SOURCE = (
+    "no publication: Lift-Splat-Shoot with eight cameras of 960x1280 and a map of 160 m; there the "
+    "one-hot product's matrix would have 10 GB"
+)
 
 CANDIDATES: tuple[Candidate, ...] = (
     *_rivals("cpu", CPU, _workload(32, 64, 32, 2), CPU_SOURCE),
     *_rivals("paper", PAPER, _workload(128, 352, 200, 64), PAPER_SOURCE),
+    *_rivals(
+        "fleet",
+        FLEET,
+        _workload(960, 1280, 320, 32, cameras=8),
+        FLEET_SOURCE,
+        ("segsum", "gather"),
+    ),
 )

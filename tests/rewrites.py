@@ -58,6 +58,28 @@ def forward_flops(candidate: Candidate, *shapes: tuple[tuple[int, ...], Any]) ->
     return count_mathematics(trace, trace().jaxpr).flops
 
 
+def count_macs(jaxpr: Any) -> int:
+    """Multiplications of products, those with padding too, as published counts have it."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
+            # Kernels and matrices have the output's channels last.
+            kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
+            total += math.prod(out) * math.prod(kernel[:-1])
+        inner = [getattr(value, "jaxpr", value) for value in equation.params.values()]
+        times = equation.params["length"] if equation.primitive.name == "scan" else 1
+        total += times * sum(count_macs(sub) for sub in inner if hasattr(sub, "eqns"))
+    return total
+
+
+def forward_macs(module: Any, shape: tuple[int, ...]) -> int:
+    """Multiplications of an abstract convolutional network called on images of that shape."""
+    graph, state = nnx.split(module)
+    images = jax.ShapeDtypeStruct(shape, jnp.float32)
+    traced = jax.make_jaxpr(lambda state, images: nnx.merge(graph, state)(images))(state, images)
+    return count_macs(traced.jaxpr)
+
+
 def draw(candidate: Candidate, seed: int = 0) -> Values:
     """Values of all parameters, none of them at a start that switches a part off."""
     random = np.random.default_rng(seed)
@@ -107,13 +129,14 @@ def deal(values: Values, like: Iterable[Path]) -> Values:
 
 def run(module: ModuleType, candidate: Candidate, values: Values, batch: Any) -> Any:
     """The loss and its gradient, by path."""
-    graph, state, rest = nnx.split(fill(candidate, values), nnx.Param, ...)
-
-    def loss(state: Any) -> Any:
-        # Averages can be changed only at the trace level that made them.
-        return candidate.loss(nnx.merge(graph, state, jax.tree.map(lambda leaf: leaf, rest)), batch)
-
     with mock.patch.object(module, "DTYPE", jnp.float32):
+        graph, state, rest = nnx.split(fill(candidate, values), nnx.Param, ...)
+
+        def loss(state: Any) -> Any:
+            # Averages can be changed only at the trace level that made them.
+            own = jax.tree.map(lambda leaf: leaf, rest)
+            return candidate.loss(nnx.merge(graph, state, own), batch)
+
         step = jax.jit(jax.value_and_grad(loss), compiler_options=QUICK)
         value, gradient = step(state)
     return float(value), {path: np.asarray(g[...]) for path, g in nnx.to_flat_state(gradient)}

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rewrites import forward_macs
 
 from jaxbench.models import regnet
 
@@ -27,25 +28,8 @@ def abstract(config: regnet.RegNetConfig) -> regnet.RegNet:
         return nnx.eval_shape(lambda: regnet.build(config, nnx.Rngs(params=0)))
 
 
-def count_macs(jaxpr: Any) -> int:
-    """Multiplications of products, with padding, as the published counts have it."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
-            # Kernels and matrices have the output's channels last.
-            kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
-            total += math.prod(out) * math.prod(kernel[:-1])
-        inner = [getattr(value, "jaxpr", None) for value in equation.params.values()]
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(count_macs(sub) for sub in inner if sub is not None)
-    return total
-
-
-def forward_macs(config: regnet.RegNetConfig, edge: int = 224) -> int:
-    graphdef, state = nnx.split(abstract(config))
-    image = jax.ShapeDtypeStruct((1, edge, edge, 3), jnp.float32)
-    traced = jax.make_jaxpr(lambda state, image: nnx.merge(graphdef, state)(image))(state, image)
-    return count_macs(traced.jaxpr)
+def macs_of(config: regnet.RegNetConfig, edge: int = 224) -> int:
+    return forward_macs(abstract(config), (1, edge, edge, 3))
 
 
 # Widths and depths: Radosavovic et al., CVPR 2020, appendix, the figures of the top RegNetY models
@@ -72,9 +56,7 @@ def test_published_numbers_give_the_published_shape_parameters_and_macs(
     assert regnet.stage_shapes(config) == tuple(zip(widths, depths, strict=True))
     leaves = jax.tree.leaves(nnx.state(abstract(config), nnx.Param))
     assert sum(math.prod(leaf.shape) for leaf in leaves) == params
-    # Remat would count the blocks' products in calls of another kind.
-    plain = dataclasses.replace(config, remat="none")
-    assert forward_macs(plain) == pytest.approx(macs, rel=0.005)
+    assert macs_of(config) == pytest.approx(macs, rel=0.005)
 
 
 RIVALS = [
@@ -91,7 +73,7 @@ RIVALS = [
 @pytest.mark.parametrize(("name", "base", "margin"), RIVALS)
 def test_rival_at_equal_flops_has_the_bases(name: str, base: str, margin: float) -> None:
     plain = [dataclasses.replace(BY_NAME[given].config, remat="none") for given in (name, base)]
-    found, wanted = (forward_macs(config) for config in plain)
+    found, wanted = (macs_of(config) for config in plain)
     assert found == pytest.approx(wanted, rel=margin)
     shapes = [regnet.stage_shapes(config) for config in plain]
     assert [depth for _, depth in shapes[0]] == [depth for _, depth in shapes[1]]
@@ -99,8 +81,7 @@ def test_rival_at_equal_flops_has_the_bases(name: str, base: str, margin: float)
 
 def test_cpu_rival_with_wider_groups_has_the_bases_flops() -> None:
     found, wanted = (
-        forward_macs(BY_NAME[name].config, edge=32)
-        for name in ("regnet-cpu-group2x", "regnet-cpu-base")
+        macs_of(BY_NAME[name].config, edge=32) for name in ("regnet-cpu-group2x", "regnet-cpu-base")
     )
     assert found == pytest.approx(wanted, rel=0.03)
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from rewrites import forward_macs
 
 from jaxbench.models import resnet
 
@@ -26,27 +27,6 @@ def abstract(config: resnet.ResNetConfig) -> resnet.ResNet:
 def count_params(config: resnet.ResNetConfig) -> int:
     leaves = jax.tree.leaves(nnx.state(abstract(config), nnx.Param))
     return sum(math.prod(leaf.shape) for leaf in leaves)
-
-
-def count_macs(jaxpr: Any) -> int:
-    """Multiplications of products, with padding, as the published counts have it."""
-    total = 0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name in ("conv_general_dilated", "dot_general"):
-            # Kernels have the output's channels last, as does the classifier's matrix.
-            kernel, out = equation.invars[1].aval.shape, equation.outvars[0].aval.shape
-            total += math.prod(out) * math.prod(kernel[:-1])
-        inner = [getattr(value, "jaxpr", None) for value in equation.params.values()]
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(count_macs(sub) for sub in inner if sub is not None)
-    return total
-
-
-def forward_macs(config: resnet.ResNetConfig) -> int:
-    graphdef, state = nnx.split(abstract(config))
-    image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
-    traced = jax.make_jaxpr(lambda state, image: nnx.merge(graphdef, state)(image))(state, image)
-    return count_macs(traced.jaxpr)
 
 
 # Published: torchvision's tables of weights, num_params and GFLOPS (multiplications); for
@@ -68,7 +48,7 @@ def test_paper_size_has_the_published_parameters_and_macs(
     assert found == exact
     assert found == pytest.approx(published, rel=0.005)
     if macs is not None:
-        assert forward_macs(config) == pytest.approx(macs, rel=0.005)
+        assert forward_macs(abstract(config), (1, 224, 224, 3)) == pytest.approx(macs, rel=0.005)
 
 
 def carry_layers(values: dict[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,15 @@ _POLICIES: dict[str, Any] = {
 }
 
 
+def make_apply(remat: Remat) -> Callable[..., Any]:
+    """Returns the function that calls a layer on x and what all share, and keeps what it may."""
+
+    def apply(x: Any, layer: Any, *shared: Any) -> Any:
+        return layer(x, *shared)
+
+    return apply if remat == "none" else nnx.remat(apply, policy=_POLICIES[remat])
+
+
 class Stack(nnx.Module):
     """`num_layers` layers made by `make(rngs)`; each takes x and what all share, and returns x.
 
@@ -47,11 +56,7 @@ class Stack(nnx.Module):
 
     @jax.named_scope("stack")
     def __call__(self, x: Float[Array, "..."], *shared: Any) -> Float[Array, "..."]:
-        def apply(x: Any, layer: Any, *shared: Any) -> Any:
-            return layer(x, *shared)
-
-        if self.remat != "none":
-            apply = nnx.remat(apply, policy=_POLICIES[self.remat])
+        apply = make_apply(self.remat)
         if not self.scanned:
             for layer in self.layers:
                 x = apply(x, layer, *shared)
