@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from jaxbench.models.blocks.convolution import ConvNorm, upsample
+from jaxbench.models.blocks.convolution import Conv, ConvNorm, upsample
 from jaxbench.models.blocks.weights import Linear, constant
 
 NeckKind = Literal["bifpn", "fpn"]
@@ -27,9 +27,7 @@ class Fuse(nnx.Module):
 
     def __init__(self, dim: int, num_maps: int, *, rngs: nnx.Rngs) -> None:
         self.shares = constant((num_maps,), (None,), 1.0)
-        self.depthwise = ConvNorm(
-            dim, dim, kernel=(3, 3), groups=dim, norm="none", activation=None, rngs=rngs
-        )
+        self.depthwise = Conv(dim, dim, kernel=(3, 3), groups=dim, rngs=rngs)
         self.pointwise = ConvNorm(dim, dim, norm="group", activation=nnx.silu, rngs=rngs)
 
     @jax.named_scope("fuse")
