@@ -405,7 +405,7 @@ FLEET_SOURCE = (
 )
 
 CANDIDATES: tuple[Candidate, ...] = (
-    *_rivals("cpu", CPU, _workload(32, 64, 32, 2), CPU_SOURCE),
+    *_rivals("cpu", CPU, _workload(16, 32, 16, 2), CPU_SOURCE),
     *_rivals("paper", PAPER, _workload(128, 352, 200, 64), PAPER_SOURCE),
     *_rivals(
         "fleet",
