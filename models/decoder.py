@@ -204,12 +204,12 @@ def token_loss(module: Decoder, batch: dict[str, Any]) -> Float[Array, ""]:
 
 _CPU = DecoderConfig(
     num_layers=2,
-    embed_dim=256,
-    mlp_dim=512,
+    embed_dim=128,
+    mlp_dim=256,
     num_heads=8,
     num_kv_heads=4,
     head_dim=64,
-    vocab_size=512,
+    vocab_size=256,
     remat="none",
 )
 _PAPER = DecoderConfig(
@@ -226,7 +226,7 @@ _FLEET = dataclasses.replace(
 )
 _WORK = {
     "cpu": Workload(
-        global_batch=4, inputs=(("tokens", Input(shape=(65,), dtype="int32", high=512)),)
+        global_batch=4, inputs=(("tokens", Input(shape=(65,), dtype="int32", high=256)),)
     ),
     "paper": Workload(
         global_batch=32, inputs=(("tokens", Input(shape=(2049,), dtype="int32", high=128256)),)
