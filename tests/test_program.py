@@ -296,7 +296,7 @@ def test_batch_divides_over_data_times_fsdp() -> None:
 @pytest.mark.parametrize(
     ("fields", "axes", "said"),
     [
-        ({}, {"fsdp": 3}, "has 512 along its axis 'embed', which fsdp=3"),
+        ({}, {"fsdp": 3}, "has 128 along its axis 'embed', which fsdp=3"),
         ({"mlp_dim": 1022}, {"tensor": 4}, "has 1022 along its axis 'mlp', which tensor=4"),
         ({}, {"tensor": 8}, "has 4 along its axis 'kv_heads', which tensor=8"),
     ],

@@ -11,7 +11,7 @@ from jaxbench.sizes import count_sizes, size_candidates
 def test_count_sizes_of_a_decoder_equal_the_formula() -> None:
     name = "decoder-cpu-head64"
     (size,) = count_sizes(source="jaxbench.models.decoder", names=[name]).values()
-    T, D, F, N, K, H, V, L = 64, 512, 1024, 8, 4, 64, 1024, 2
+    T, D, F, N, K, H, V, L = 64, 128, 256, 8, 4, 64, 256, 2
     layer = 2 * T * D * (2 * N * H + 2 * K * H) + 2 * 2 * T * T * N * H + 3 * 2 * T * D * F
     assert size["forward_flops"] == L * layer + 2 * T * D * V
     weights = D * (2 * N * H + 2 * K * H) + 3 * D * F + 2 * D
