@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -416,6 +417,10 @@ def test_cli_timing_again_elsewhere_compiles_nothing(
         assert record["measurement"]["samples_s"] != first[record["id"]]["measurement"]["samples_s"]
 
 
+@pytest.mark.skipif(
+    version("jax") < "0.12",
+    reason="XLA:CPU of JAX 0.10 stops in the all-reduce when two devices share two cores",
+)
 def test_cli_step_over_two_cpu_devices_is_timed(shared_cache: Path, tmp_path: Path) -> None:
     code, _, stderr = jaxbench(
         "run", TINY, "--targets", "cpu:2", "--measure", "--out", tmp_path, cache=shared_cache

@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import replace
 
+import jax
 import pytest
 from hlo_samples import CONVOLUTIONS, FSDP, PROGRAMS, SCAN_BATCH, SCAN_LAYERS, SCAN_WIDTH, hlo
 
@@ -12,6 +13,8 @@ from jaxbench.hlo import read_module
 
 __all__ = ["hlo"]
 Hlo = tuple[str, dict[str, bytes]]
+# XLA of JAX 0.10 makes some programs otherwise than that of 0.12.
+OLD = jax.__version_info__ < (0, 12)
 
 
 def price(hlo: Hlo, program: str, *, mxu: int = 1) -> Cost:
@@ -28,12 +31,17 @@ def wire_bytes(cost: Cost, kind: str) -> int:
 def test_matmul_flops_are_exact(hlo: Hlo) -> None:
     cost = price(hlo, "matmul", mxu=256)
     assert cost.matmul_flops == cost.padded_flops == cost.hlo_flops == 2 * 4096**3
-    assert cost.flops_by_dtype == (("bf16", 2 * 4096**3),)
+    # The older XLA:CPU converts bfloat16 operands and multiplies in float32.
+    dtype = "f32" if OLD and hlo[0] == "cpu" else "bf16"
+    assert cost.flops_by_dtype == ((dtype, 2 * 4096**3),)
     assert cost.unpriced == ()
 
 
 def test_matmul_hbm_bytes_read_both_and_write_one(hlo: Hlo) -> None:
-    assert price(hlo, "matmul").hbm_bytes == 3 * 4096 * 4096 * 2
+    product = 3 * 2
+    if OLD and hlo[0] == "cpu":
+        product = 3 * 4 + 3 * (2 + 4)  # in float32, and a conversion of each of the three
+    assert price(hlo, "matmul").hbm_bytes == 4096 * 4096 * product
 
 
 def test_scan_counts_as_the_same_layers_written_out(hlo: Hlo) -> None:
@@ -128,7 +136,8 @@ def expected_flops(target: str, name: str) -> int:
         # multiplied.
         padded = brute_force(37, 7, 16, stride=2, low=0) ** 2
         shifted = brute_force(33, 7, 16, stride=2, low=2) ** 2
-        return 2 * 8 * 3 * 64 * (2 * padded + shifted)
+        # The older one pads only for the value.
+        return 2 * 8 * 3 * 64 * (padded + shifted + (shifted if OLD else padded))
     if target == "gpu-h100" and name == "conv-depthwise-strided":
         # The same with the holes between the strided gradients.
         dense = brute_force(17, 5, 13, stride=1, low=0) ** 2
@@ -206,5 +215,5 @@ def test_op_without_a_rule_is_listed(hlo: Hlo, monkeypatch: pytest.MonkeyPatch) 
     cost = price(hlo, "matmul")
     assert cost.unpriced in ((("dot", 1),), (("convolution", 1),))
     assert cost.matmul_flops == 0
-    # The rest are copies of the operands to VMEM, on v5e.
-    assert 0.4 < cost.unpriced_share <= 1.0
+    # The rest are copies of the operands to VMEM, on v5e, and conversions on the older XLA:CPU.
+    assert 0.4 <= cost.unpriced_share <= 1.0
