@@ -298,9 +298,7 @@ def scale(width: float, depth: float) -> ConvNetConfig:
     )
 
 
-def _v2(
-    stem: int, channels: tuple[int, ...], depths: tuple[int, ...], remat: Remat = "none"
-) -> ConvNetConfig:
+def _v2(stem: int, channels: tuple[int, ...], depths: tuple[int, ...]) -> ConvNetConfig:
     """Returns a V2 network; the smallest one has no seventh stage."""
     num_stages = len(channels)
     return ConvNetConfig(
@@ -313,7 +311,6 @@ def _v2(
         block="v2",
         head=1280,
         num_classes=1000,
-        remat=remat,
     )
 
 

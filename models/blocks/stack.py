@@ -43,7 +43,8 @@ class Stack(nnx.Module):
         remat: Remat = "none",
         rngs: nnx.Rngs,
     ) -> None:
-        self.scanned, self.remat = layers == "scan", remat
+        self.scanned = layers == "scan"
+        self.remat: Remat = remat
         self.layers: Any
         if self.scanned:
             stacked = nnx.vmap(
