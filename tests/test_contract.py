@@ -285,8 +285,8 @@ def start(name: str) -> Any:
 
 
 @functools.cache
-def train(name: str, layout: Layout, dtype: str) -> tuple[float, ...]:
-    """Losses of `NUM_STEPS` steps on one batch, on CPU devices, with products in `dtype`."""
+def train(name: str, layout: Layout, dtype: str, num_steps: int) -> tuple[float, ...]:
+    """Losses of so many steps on one batch, on CPU devices, with products in `dtype`."""
     candidate = load(name)
     module = importlib.import_module(DESCRIBED[name]["module"])
     with mock.patch.object(module, "DTYPE", np.dtype(dtype)):
@@ -294,7 +294,7 @@ def train(name: str, layout: Layout, dtype: str) -> tuple[float, ...]:
     executable = built.lowered.compile(compiler_options=QUICK)
     state, batch = jax.device_put(start(name), executable.input_shardings[0])
     losses = []
-    for _ in range(NUM_STEPS):
+    for _ in range(num_steps):
         state, loss = executable(state, batch)
         losses.append(float(loss))
     return tuple(losses)
@@ -302,26 +302,25 @@ def train(name: str, layout: Layout, dtype: str) -> tuple[float, ...]:
 
 @each("name", CPU_NAMES, held="bases")
 def test_step_over_8_devices_gives_the_losses_of_one(name: str) -> None:
-    one, many = (train(name, layout, "float32") for layout in (ONE, FSDP))
-    # In float32 only the order of sums differs, some 1e-7 of the loss each time. The second loss
-    # has gone through every gradient.
-    assert many[:2] == pytest.approx(one[:2], rel=1e-5)
+    # The second loss has gone through every gradient.
+    one, many = (train(name, layout, "float32", 2) for layout in (ONE, FSDP))
+    # In float32 only the order of sums differs, some 1e-7 of the loss each time.
+    assert many == pytest.approx(one, rel=1e-5)
 
 
 @each("name", CPU_NAMES, held="bases")
 def test_candidate_learns_its_batch(name: str) -> None:
-    losses = train(name, ONE, "float32")
+    losses = train(name, ONE, load(name).workload.dtype, NUM_STEPS)
     assert losses[-1] < LEARNT * losses[0]
 
 
 @each("name", [name for name in CPU_NAMES if name in BASES], held="bases")
-def test_base_in_the_workloads_dtype_gives_the_float32_loss_and_learns(name: str) -> None:
-    exact = train(name, ONE, "float32")
-    losses = train(name, ONE, load(name).workload.dtype)
+def test_base_in_the_workloads_dtype_gives_the_float32_loss(name: str) -> None:
+    exact = train(name, ONE, "float32", 2)
+    losses = train(name, ONE, load(name).workload.dtype, NUM_STEPS)
     # bfloat16 rounds by up to 2^-9 some twenty times on the way to a logit: sqrt(20) of that is
     # 2^-7 in a logit, and the loss is a mean over at least eight of them.
     assert losses[0] == pytest.approx(exact[0], rel=2**-7)
-    assert losses[-1] < LEARNT * losses[0]
 
 
 # --- What its config changes ---
