@@ -58,6 +58,8 @@ def main() -> None:
         folder = Path(name) / "jaxbench"
         subprocess.run(["git", "clone", "--quiet", str(repository), str(folder)], check=True)
         environment = {**os.environ, "JAXBENCH_CACHE": f"{name}/cache"}
+        # Python keeps compiled modules unless told otherwise: a newcomer's does.
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         environment.pop("VIRTUAL_ENV", None)
         cold_s, peak, table = timed(QUICKSTART, folder, environment)
         warm_s, _, _ = timed(QUICKSTART, folder, environment)
