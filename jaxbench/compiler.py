@@ -13,7 +13,8 @@ import platform
 import re
 import struct
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from jaxbench.cache import key_of
@@ -35,6 +36,10 @@ ENVIRONMENT = {
 }
 # Without a GPU nothing can be timed, so autotuning is off and products take their default tiles.
 _OPTIONS: dict[str, dict[str, str]] = {"gpu": {"xla_gpu_autotune_level": "0"}}
+# For some products that it fused for Triton, XLA:GPU of JAX 0.12 has no tiling to take untimed, and
+# gives up. Without Triton all products go to cuBLAS.
+_NO_TILING = "No supported config found"
+_WITHOUT_TRITON = {"xla_gpu_enable_triton_gemm": False}
 _PLATFORM = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 _COMPILER_PACKAGES = {
@@ -89,6 +94,7 @@ class Compiled:
       program_sha256: Digest of the StableHLO.
       hlo: Optimised HLO of one device as a serialised HloModuleProto.
       compile_s: Wall seconds of the compiler.
+      extra_options: Compiler options beyond the target's own, without which it would not compile.
     """
 
     program_sha256: str
@@ -96,6 +102,7 @@ class Compiled:
     hlo: bytes
     memory: Memory
     compile_s: float
+    extra_options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def hlo_sha256(self) -> str:
@@ -105,20 +112,23 @@ class Compiled:
     def pack(self) -> bytes:
         """Returns the bytes that `unpack_compiled` reads."""
         memory = {name: getattr(self.memory, name) for name in self.memory.__dataclass_fields__}
-        head = json.dumps([self.program_sha256, self.target, memory, self.compile_s]).encode()
+        values = [self.program_sha256, self.target, memory, self.compile_s]
+        values += [dict(self.extra_options)] if self.extra_options else []
+        head = json.dumps(values).encode()
         return struct.pack("<I", len(head)) + head + self.hlo
 
 
 def unpack_compiled(payload: bytes) -> Compiled:
     """Reads what `Compiled.pack` wrote."""
     (length,) = struct.unpack_from("<I", payload)
-    program_sha256, target, memory, compile_s = json.loads(payload[4 : 4 + length])
+    program_sha256, target, memory, compile_s, *rest = json.loads(payload[4 : 4 + length])
     return Compiled(
         program_sha256=program_sha256,
         target=target,
         hlo=payload[4 + length :],
         memory=Memory(**memory),
         compile_s=compile_s,
+        extra_options=rest[0] if rest else {},
     )
 
 
@@ -252,7 +262,7 @@ def compile_program(lowered: Any, program_sha256: str, target: Target) -> tuple[
     """
     start = time.perf_counter()
     try:
-        executable = lowered.compile(compiler_options=_OPTIONS.get(target.kind))
+        executable, extra_options = _compile(lowered, _OPTIONS.get(target.kind))
     except Exception as error:
         needed = _memory_refusal(str(error))
         if needed is None:
@@ -271,8 +281,19 @@ def compile_program(lowered: Any, program_sha256: str, target: Target) -> tuple[
             temp_bytes=stats.temp_size_in_bytes,
         ),
         compile_s=compile_s,
+        extra_options=extra_options,
     )
     return compiled, executable
+
+
+def _compile(lowered: Any, options: Mapping[str, Any] | None) -> tuple[Any, Mapping[str, Any]]:
+    """Returns the executable, and what it needed beyond `options`."""
+    try:
+        return lowered.compile(compiler_options=options), {}
+    except Exception as error:
+        if _NO_TILING not in str(error):
+            raise
+    return lowered.compile(compiler_options={**(options or {}), **_WITHOUT_TRITON}), _WITHOUT_TRITON
 
 
 def check_fit(compiled: Compiled, target: Target) -> None:

@@ -244,6 +244,7 @@ class _Line:
             "compile_s": self.compiled.compile_s,
             "hlo_bytes": len(self.compiled.hlo),
             "memory": {**dataclasses.asdict(memory), "peak_bytes": memory.peak_bytes},
+            "extra_options": dict(self.compiled.extra_options),
         }
         with _Stage("fit", self.timings):
             check_fit(self.compiled, self.target)

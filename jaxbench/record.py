@@ -21,8 +21,9 @@ FILE_NAME = "records.jsonl"
 class Record:
     """Everything that was found out about one candidate on one target. JSON-ready throughout.
 
-    The nested values are those of the stages: `compiled` (compile_s, memory), `cost`, `prediction`,
-    `compiler` (the vendor's own estimate), `measurement`, `failure`; None where a stage gave none.
+    The nested values are those of the stages: `compiled` (compile_s, memory, and options that the
+    compiler needed beyond the target's own), `cost`, `prediction`, `compiler` (the vendor's own
+    estimate), `measurement`, `failure`; None where a stage gave none.
     Costs are per device and per step; `samples_per_s` is for the whole mesh.
     """
 

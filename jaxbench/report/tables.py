@@ -56,8 +56,20 @@ def speed_table(records: Sequence[Record]) -> Table:
         notes=(
             "* measured on this machine; the others are predicted, not yet validated. "
             "Bracket: against the base above it.",
+            *_extra_notes(kept),
         ),
     )
+
+
+def _extra_notes(records: Iterable[Record]) -> list[str]:
+    """Says what was compiled with other options than its rivals."""
+    notes = []
+    for record in records:
+        extra = (record.compiled or {}).get("extra_options")
+        if extra:
+            options = ", ".join(f"{name}={value}" for name, value in extra.items())
+            notes.append(f"{record.candidate} on {record.target} compiles only with {options}.")
+    return sorted(notes)
 
 
 def _speed_cell(cells: dict[tuple[str, str], Record], name: str, base: str, target: str) -> str:

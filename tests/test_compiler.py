@@ -1,0 +1,66 @@
+"""What the real compilers refuse, and what is done about it."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import SingleDeviceSharding
+
+from jaxbench.compiler import Compiled, Memory, compile_program, devices_of, unpack_compiled
+from jaxbench.target import parse_target
+
+COMPILED = Compiled(
+    program_sha256="program",
+    target="gpu-h100",
+    hlo=b"\0hlo",
+    memory=Memory(argument_bytes=1, output_bytes=2, alias_bytes=3, temp_bytes=4),
+    compile_s=5.0,
+)
+
+
+def lower_attention_output(target: str, num_tokens: int) -> Any:
+    """Values weighted by attention and projected, which XLA:GPU fuses with their transpose."""
+    sharding = SingleDeviceSharding(devices_of(parse_target(target))[0])
+
+    def attend(weights: Any, values: Any, kernel: Any) -> Any:
+        heads = jnp.einsum("BKGTS,BSKH->BTKGH", weights, values)
+        return jnp.einsum("BTNH,NHD->BTD", heads.reshape(values.shape), kernel)
+
+    shapes = (4, 16, 1, num_tokens, num_tokens), (4, num_tokens, 16, 128), (16, 128, 2048)
+    arguments = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding) for s in shapes]
+    return jax.jit(attend).trace(*arguments).lower(lowering_platforms=("cuda",))
+
+
+@pytest.mark.parametrize("num_tokens", [610, 4880])
+def test_product_without_a_default_tiling_is_compiled_all_the_same(num_tokens: int) -> None:
+    target = parse_target("gpu-h100")
+    compiled, _ = compile_program(lower_attention_output("gpu-h100", num_tokens), "p", target)
+    assert compiled.hlo
+    # Without extra options Triton takes products, with them it takes none.
+    assert (b"__triton_nested_gemm_fusion" in compiled.hlo) == (not compiled.extra_options)
+
+
+class Refusing:
+    """A program that no compiler takes."""
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def compile(self, compiler_options: Any) -> Any:
+        self.times += 1
+        raise RuntimeError("INTERNAL: something else")
+
+
+def test_another_refusal_is_handed_on_at_once() -> None:
+    program = Refusing()
+    with pytest.raises(RuntimeError, match="something else"):
+        compile_program(program, "p", parse_target("gpu-h100"))
+    assert program.times == 1
+
+
+@pytest.mark.parametrize("extra", [{}, {"xla_gpu_enable_triton_gemm": False}])
+def test_compiled_program_survives_its_bytes(extra: dict[str, Any]) -> None:
+    compiled = dataclasses.replace(COMPILED, extra_options=extra)
+    assert unpack_compiled(compiled.pack()) == compiled
