@@ -47,6 +47,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_run(commands)
     _add_compare(commands)
     _add_flips(commands)
+    _add_validate(commands)
+    _add_profile(commands)
     _add_report(commands)
     return parser.parse_args(argv[1:])
 
@@ -93,9 +95,11 @@ def _add_run(commands: Any) -> None:
 def _add_work(parser: Any) -> None:
     parser.add_argument("--targets", metavar="T,T", help="such as tpu-v5e:4x4,gpu-h100:8,cpu")
     parser.add_argument("--layout", help="fsdp, data, or sizes such as data=2,fsdp=8")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of records.jsonl (default out/NAME)"
-    )
+    _add_limits(parser, "folder of records.jsonl (default out/NAME)")
+
+
+def _add_limits(parser: Any, out: str) -> None:
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out)
     parser.add_argument(
         "--jobs",
         type=positive_integer,
@@ -152,6 +156,36 @@ def _add_flips(commands: Any) -> None:
         _flips,
     )
     parser.add_argument("dir", type=Path, metavar="DIR")
+
+
+def _add_validate(commands: Any) -> None:
+    parser = _add(
+        commands, "validate", "predictions against published step times, case by case", _validate
+    )
+    parser.add_argument(
+        "cases", nargs="*", metavar="CASE", help="parts of ids, or chips; all cases if left out"
+    )
+    parser.add_argument(
+        "--recompile", action="store_true", help="compile again with the compilers installed here"
+    )
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="also write a Markdown page and a plot beside it"
+    )
+    _add_limits(parser, "folder of records and HLO (default results/validate where it exists)")
+
+
+def _add_profile(commands: Any) -> None:
+    parser = _add(
+        commands, "profile", "the predicted step as a profile for XProf and Perfetto", _profile
+    )
+    parser.add_argument("candidate", metavar="CANDIDATE")
+    parser.add_argument("--target", required=True, metavar="T", help="such as tpu-v5p:4x4x4")
+    parser.add_argument("--logdir", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--layout", help="fsdp, data, or sizes such as data=2,fsdp=8")
+    parser.add_argument(
+        "--from", dest="files", nargs="+", default=[], metavar="FILE", help="files that hold it"
+    )
+    _add_limits(parser, "folder of records.jsonl (default out/CANDIDATE)")
 
 
 def _add_report(commands: Any) -> None:
@@ -223,15 +257,20 @@ def _run(arguments: argparse.Namespace) -> int:
     return _report_failures(records)
 
 
-def _evaluate(arguments: argparse.Namespace, what: Sequence[str], name: str) -> list[Any]:
-    from jaxbench.report.terminal import progress_line
-    from jaxbench.run import Limits, run_named
+def _limits(arguments: argparse.Namespace) -> Any:
+    from jaxbench.run import Limits
 
-    limits = Limits(
+    return Limits(
         num_workers=arguments.jobs,
         limit_s=arguments.limit_s,
         limit_bytes=arguments.limit_gib * 2**30,
     )
+
+
+def _evaluate(arguments: argparse.Namespace, what: Sequence[str], name: str) -> list[Any]:
+    from jaxbench.report.terminal import progress_line
+    from jaxbench.run import run_named
+
     with progress_line() as progress:
         return run_named(
             what,
@@ -239,7 +278,7 @@ def _evaluate(arguments: argparse.Namespace, what: Sequence[str], name: str) -> 
             targets=None if arguments.targets is None else arguments.targets.split(","),
             layout=arguments.layout,
             measure=arguments.measure,
-            limits=limits,
+            limits=_limits(arguments),
             progress=progress,
         )
 
@@ -289,6 +328,59 @@ def _flips(arguments: argparse.Namespace) -> int:
         "regrets": regrets(records),
     }
     _show(arguments, {"values": values, "tables": flips_tables(records)})
+    return 0
+
+
+def _validate(arguments: argparse.Namespace) -> int:
+    from jaxbench.published import select_cases
+    from jaxbench.report.terminal import progress_line
+    from jaxbench.report.validation import outcome_table, summary_table, write_page
+    from jaxbench.validate import default_folder, summarise, validate
+
+    cases = select_cases(arguments.cases)
+    with progress_line() as progress:
+        outcomes = validate(
+            cases,
+            arguments.out or default_folder(),
+            limits=_limits(arguments),
+            progress=progress,
+            recompile=arguments.recompile,
+        )
+    summaries = summarise(outcomes)
+    if arguments.page:
+        write_page(arguments.page, outcomes, summaries)
+    values = {"cases": [outcome.to_json() for outcome in outcomes], "summaries": summaries}
+    tables = [outcome_table(outcomes), summary_table(summaries)]
+    _show(arguments, {"values": values, "tables": tables})
+    failed = [outcome for outcome in outcomes if outcome.prediction is None]
+    if failed:
+        first = failed[0]
+        print(
+            f"jaxbench: {len(failed)} of {len(outcomes)} cases have no prediction, the first: "
+            f"{first.case.id}: {first.failure}",
+            file=sys.stderr,
+        )
+    return 1 if failed else 0
+
+
+def _profile(arguments: argparse.Namespace) -> int:
+    from jaxbench.profile import profile_record
+    from jaxbench.report.tables import speed_table
+
+    arguments.targets, arguments.measure = arguments.target, False
+    records = _evaluate(arguments, [*arguments.files, arguments.candidate], arguments.candidate)
+    failures = _report_failures(records)
+    made = [record for record in records if record.candidate == arguments.candidate]
+    if failures or not made or made[0].failure:
+        if made and made[0].failure and not failures:
+            print(f"jaxbench: {made[0].failure['text']}", file=sys.stderr)
+        return 1
+    written = profile_record(made[0], arguments.logdir)
+    values = {name: str(path) for name, path in written.items()}
+    _show(arguments, {"values": values, "tables": [speed_table(made)]})
+    if not arguments.json:
+        print(f"XProf: xprof --logdir {arguments.logdir}")
+        print(f"Perfetto: open {written['trace']} at ui.perfetto.dev")
     return 0
 
 

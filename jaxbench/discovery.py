@@ -7,16 +7,18 @@ worker.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import hashlib
 import importlib
 import importlib.util
 import sys
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from jaxbench.candidate import Candidate
+from jaxbench.candidate import Candidate, Input, Workload
 from jaxbench.errors import CandidateError
 
 _FAMILIES = "jaxbench.models"
@@ -54,6 +56,21 @@ def load_candidate(source: str, name: str) -> Candidate:
         if candidate.name == name:
             return candidate
     raise CandidateError(f"{source} holds no candidate {name!r} any more. Start again.")
+
+
+def load_described(described: Mapping[str, Any]) -> Candidate:
+    """Loads the candidate of a description, with the config and the workload that it gives."""
+    candidate = load_candidate(described["module"], described["name"])
+    workload = dict(described["workload"])
+    workload["inputs"] = tuple(
+        (name, Input(**{**given, "shape": tuple(given["shape"])}))
+        for name, given in workload["inputs"]
+    )
+    return dataclasses.replace(
+        candidate,
+        config=dataclasses.replace(candidate.config, **described["config"]),
+        workload=Workload(**workload),
+    )
 
 
 def _load(source: str) -> ModuleType:

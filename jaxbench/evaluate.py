@@ -216,10 +216,10 @@ class _Line:
 
     def _build(self, program_key: str) -> Any:
         with _Stage("load", self.timings):
-            from jaxbench.discovery import load_candidate
+            from jaxbench.discovery import load_described
             from jaxbench.program import build_program
 
-            candidate = load_candidate(self.described["module"], self.described["name"])
+            candidate = load_described(self.described)
         with _Stage("program", self.timings):
             layout = parse_layout(self.layout)
             program = build_program(

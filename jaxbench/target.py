@@ -27,6 +27,8 @@ class Chip:
     peak_flops: tuple[tuple[str, float], ...] = ()
     hbm_bytes: float | None = None
     hbm_bytes_per_s: float | None = None
+    hbm_efficiency: float = 1.0
+    kernel_efficiency: float = 0.5
     clock_ghz: float | None = None
     devices_per_chip: int = 1
     topology_name: str = ""
@@ -36,7 +38,12 @@ class Chip:
     mxu: int = 1
     link_bytes_per_s: float | None = None
     num_links: int = 1
+    link_efficiency: float = 1.0
+    collective_s: float = 0.0
     network_bytes_per_s: float | None = None
+    network_efficiency: float = 1.0
+    network_latency_s: float = 20e-6
+    host_bytes_per_s: float | None = None
     description: str = ""
     compute_capability: tuple[int, int] = (0, 0)
     vector_flops: float | None = None

@@ -22,11 +22,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.core.spmd import get_logical_axis_rules
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
@@ -105,30 +107,50 @@ class LanguageConfig:
 def flash(
     query: Float[Array, "B T N H"], key: Float[Array, "B T K H"], value: Float[Array, "B T K H2"]
 ) -> Float[Array, "B T N H2"]:
-    """Computes causal attention: on a TPU in JAX's Pallas kernel, elsewhere as two einsums.
+    """Computes causal attention: in JAX's Pallas kernel on a TPU, in cuDNN's on a GPU.
 
-    The kernel keeps one tile of scores in VMEM and skips tiles above the diagonal. The partitioner
-    cannot split it, so it is mapped over the mesh axes that batch and heads lie on.
+    A kernel keeps one tile of scores on the chip and skips tiles above the diagonal. The partitioner
+    cannot split it, so it is mapped over the mesh axes that batch and heads lie on. Elsewhere, and
+    on a GPU for heads that cuDNN does not take (wider than 128, keys and values of two widths),
+    attention is two einsums.
 
-    It is the kernel that MaxText's 16B and 32B rows ran. The newer one, splash attention, makes
-    float32 products inside, which the workload's dtype rules out. XLA on a GPU has such a kernel
-    only in cuDNN, whose library must be there to compile it, so that a GPU gets the einsums.
-    A compiled program hides the kernel's products in a custom call: FLOPs counted from HLO lack
-    them. Those counted from the traced step are the einsums', which do not skip tiles.
+    The TPU's is the kernel that MaxText's 16B and 32B rows ran. The newer one, splash attention,
+    makes float32 products inside, which the workload's dtype rules out.
+    A compiled program hides the kernel's products in a custom call, which is priced by its name.
+    FLOPs counted from the traced step are the einsums', which do not skip tiles.
     """
-    rules: dict[str, Any] = dict(get_logical_axis_rules() or ())
-    kernel = _flash_on_tpu
-    if rules:
-        q, k = (
-            PartitionSpec(rules.get("batch"), None, rules.get(heads), None)
-            for heads in ("heads", "kv_heads")
-        )
-        kernel = jax.shard_map(kernel, in_specs=(q, k, k), out_specs=q, check_vma=False)
 
     def plain(query: Array, key: Array, value: Array) -> Array:
         return attend(query, key, value, causal=True)
 
-    return jax.lax.platform_dependent(query, key, value, tpu=kernel, default=plain)
+    H = key.shape[-1]
+    on_gpu = _flash_on_gpu if value.shape[-1] == H <= 128 and H % 8 == 0 else plain
+    kernels = {"tpu": _mapped(_flash_on_tpu), "cuda": _mapped(on_gpu)}
+    return jax.lax.platform_dependent(query, key, value, **kernels, default=plain)
+
+
+def _mapped(kernel: Callable) -> Callable:
+    """Maps a kernel over the mesh axes that batch and heads lie on, inside a layout."""
+    rules: dict[str, Any] = dict(get_logical_axis_rules() or ())
+    if not rules:
+        return kernel
+    q, k = (
+        PartitionSpec(rules.get("batch"), None, rules.get(heads), None)
+        for heads in ("heads", "kv_heads")
+    )
+    return jax.shard_map(kernel, in_specs=(q, k, k), out_specs=q, check_vma=False)
+
+
+@jax.named_scope("flash")
+def _flash_on_gpu(query: Array, key: Array, value: Array) -> Array:
+    """Calls cuDNN's attention. JAX asks the library for its version; XLA compiles without it."""
+    from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+    answers = {"check_cudnn_version": lambda: 91100, "check_compute_capability": lambda _: True}
+    with mock.patch.multiple(cudnn, **answers):
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation="cudnn"
+        )
 
 
 @jax.named_scope("flash")
@@ -214,8 +236,11 @@ class SelfAttention(nnx.Module):
             query, key = self.norms[0](query), self.norms[1](key)
         if not self.config.learned_positions:
             query, key = (rotate(head, self.config.theta) for head in (query, key))
-        mixed = mix(self.config, query, key, value)
+        parts = zip((query, key, value), ("query", "key", "value"), strict=True)
+        query, key, value = (checkpoint_name(part, name) for part, name in parts)
+        mixed = checkpoint_name(mix(self.config, query, key, value), "mixed")
         y = jnp.einsum("BTNH,NHD->BTD", mixed, self.out[...].astype(x.dtype))
+        y = checkpoint_name(y, "attention_out")
         return y if self.out_bias is None else y + spread(self.out_bias[...], y)
 
 
@@ -284,7 +309,7 @@ class Layer(nnx.Module):
 
     @jax.named_scope("layer")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x = constrain(x, ("batch", None, None))
+        x = checkpoint_name(constrain(x, ("batch", None, None)), "layer_input")
         y = self.attention_norm(x)
         if self.mlp_norm is None:
             return x + self.attention(y) + self.mlp(y)
@@ -433,7 +458,7 @@ _CHANGES: dict[str, tuple[Validity, str, Callable[[LanguageConfig], LanguageConf
     "narrowheads": ("T1", "heads by twice as many of half the width", _heads(0.5)),
     "wideheads": ("T1", "heads by half as many of twice the width", _heads(2.0)),
     "chunked": ("T0", "attention's einsums by running sums over keys", _set(core="chunked")),
-    "flash": ("T0", "attention's einsums by a Pallas kernel on TPUs", _set(core="flash")),
+    "flash": ("T0", "attention's einsums by a Pallas or cuDNN kernel", _set(core="flash")),
     "layernorm": ("T1", "RMS norms by layer norms", _set(norm="layer")),
     "geglu": ("T1", "SwiGLU by GeGLU (tanh)", _set(activation="gelu_tanh")),
     "gelu": (

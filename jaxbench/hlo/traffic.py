@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from jaxbench.hlo.module import Computation, Op
 from jaxbench.hlo.shape import Shape
 
+HOST = 5
 _SLICES = frozenset(("dynamic-slice", "slice", "gather"))
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # opcode: operand that holds the update
 # Inside a fusion these are worked out element by element, so a slice after them touches only its
@@ -23,6 +24,12 @@ def in_hbm(shape: Shape) -> bool:
     lie in HBM.
     """
     return shape.memory_space == 0 or not shape.tiles
+
+
+def in_host_memory(shape: Shape) -> bool:
+    """Whether all of a value lies in the host's memory, which only XLA:TPU marks (space 5)."""
+    leaves = [leaf for leaf in shape.leaves if leaf.bytes > 4]
+    return bool(leaves) and any(leaf.memory_space == HOST and leaf.tiles for leaf in leaves)
 
 
 def hbm_size(shape: Shape) -> int:

@@ -1,41 +1,31 @@
-"""Step times from what the compiled program does. Not yet validated against published step times.
+"""Step times from what the compiled program does, on a simulated device.
 
 Two signals are computed apart and never mixed in a comparison: `hlo`, our roofline over the priced
-  ops, and `compiler`, the vendor's own cycles, which only XLA:TPU writes. The prediction is built
-  from both and says
-so: an op with the compiler's cycles takes them, any other its roofline.
+ops, and `compiler`, the vendor's own cycles, which only XLA:TPU writes. The prediction is built
+from both and says so.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from jaxbench.cost import Cost, OpCost
 from jaxbench.errors import ImpossibleError
-from jaxbench.network import collective_s
-from jaxbench.signals import SIGNAL_ERROR
-from jaxbench.target import Chip, Target, chip_table
-
-# HLO's dtype names, as chips.toml names them.
-_DTYPES = {"bf16": "bfloat16", "f16": "float16", "f32": "float32", "f64": "float64"}
+from jaxbench.network import collective_s, host_copy_s, place_group
+from jaxbench.predict import gpu, tpu
+from jaxbench.predict.interval import error_factor
+from jaxbench.predict.roofline import Peaks, device_peaks, roofline_s
+from jaxbench.predict.schedule import simulate
+from jaxbench.predict.timeline import Timeline
+from jaxbench.target import Target, chip_table
 
 _ROUNDING = 1e-9
 
-PREDICTOR = "sum-1"
-STATUS = "not yet validated"
+PREDICTOR = "timeline-1"
 
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Peaks:
-    """What one device can do; products by dtype, the rest elementwise."""
-
-    product_flops: Mapping[str, float]
-    vector_flops: float
-    hbm_bytes_per_s: float
-    launch_s: float
-    clock_hz: float | None = None
+Rate = Callable[[OpCost], tuple[float, str]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,13 +33,17 @@ class Prediction:
     """Predicted seconds of one step, with what they are made of.
 
     Attributes:
-      step_s: The larger of on-chip time and collective time: overlap is taken as perfect.
-      low_s, high_s: `step_s` less the signal's error; on-chip plus collective time, plus the error.
-      bound: The largest of the terms: `compute`, `memory`, `collective` or `launch`.
+      step_s: The end of the simulated step.
+      low_s, high_s: `step_s` divided and multiplied by the factor within which nine of ten
+        published steps on such chips lie.
+      bound: The largest of the terms.
       mfu: Model FLOPs / (step_s x peak), between 0 and 1.
-      terms: Seconds by what bounds each op; they add up to more than `step_s` where collectives
-        hide.
-      hlo_s: The roofline signal, of all ops. compiler_s: The compiler's cycles alone, or None.
+      terms: Seconds of compute that are bound by `compute`, `memory` or `launch`, and those in
+        which compute waits for a `collective`, for a `dma` copy on the chip or for the `host`; they
+        add up to `step_s`.
+      hlo_s: The roofline signal: the same schedule with every op at its roofline. compiler_s: The
+        same with the compiler's cycles alone, or None where it writes none.
+      status: On what the interval rests.
     """
 
     step_s: float
@@ -61,37 +55,25 @@ class Prediction:
     hlo_s: float
     compiler_s: float | None
     built_from: str
+    status: str
     predictor: str = PREDICTOR
-    status: str = STATUS
 
 
-def device_peaks(target: Target, cpu_peaks: Mapping[str, float] | None) -> Peaks:
-    """Returns the peaks of one device of the target; those of a CPU were measured on it."""
-    chip = chip_table()[target.chip]
-    if target.kind == "cpu":
-        if cpu_peaks is None:
-            raise ValueError("a CPU target needs the machine's measured peaks")
-        share = 1 / target.num_devices  # fake devices share the cores
-        products = {name: cpu_peaks[name] * share for name in ("float32", "bfloat16")}
-        return Peaks(
-            product_flops=products,
-            vector_flops=math.inf,
-            hbm_bytes_per_s=cpu_peaks["bytes_per_s"] * share,
-            launch_s=0.0,
-        )
-    return Peaks(
-        product_flops=_with_narrow(chip),
-        vector_flops=chip.vector_flops or math.inf,
-        hbm_bytes_per_s=chip.hbm_bytes_per_s or math.inf,
-        launch_s=chip.launch_s,
-        clock_hz=chip.clock_ghz * 1e9 if target.kind == "tpu" and chip.clock_ghz else None,
-    )
+def simulate_step(
+    cost: Cost, target: Target, *, cpu_peaks: Mapping[str, float] | None = None
+) -> Timeline:
+    """Simulates one step: every op at its predicted rate, in the compiler's order.
 
+    Args:
+      cost: What one device does in one step, from `price_module`.
+      target: Chip and topology.
+      cpu_peaks: From `measure_peaks`; for CPU targets.
 
-def _with_narrow(chip: Chip) -> dict[str, float]:
-    """float16 runs at the rate of bfloat16 on every chip of the table."""
-    peaks = dict(chip.peak_flops)
-    return {**peaks, "float16": peaks["bfloat16"]}
+    Raises:
+      UnknownPeakError: if the chip has no figure for a dtype or network that the program uses.
+    """
+    rate = _rate(target, device_peaks(target, cpu_peaks))
+    return simulate(cost.steps, lambda op: _op_s(op, target, rate))
 
 
 def predict_step(
@@ -104,13 +86,11 @@ def predict_step(
 ) -> Prediction:
     """Predicts the time of one step from what the compiled program does.
 
-    t = max(sum over ops of t_op, sum over collectives of wire bytes / bandwidth), with
-    t_op = the compiler's cycles / clock where it gives them, else
-    max(product flops / peak, elementwise flops / vector peak, HBM bytes / bandwidth) + launch.
+    t = end of the simulated schedule. On a TPU an op takes the compiler's cycles, where there are
+    any, on a GPU what a model of kernels fitted to measured ones says, else its roofline.
+    Collectives take what their algorithm takes on the links that their groups cross.
 
-    Assumes that ops run one after the other and that collectives hide behind them; the interval's
-    upper end assumes that none does. Ignores host input, latency of collectives, and what cost
-    leaves unpriced.
+    Ignores host input and what cost leaves unpriced.
 
     Args:
       cost: What one device does in one step, from `price_module`.
@@ -122,26 +102,81 @@ def predict_step(
     Raises:
       UnknownPeakError: if the chip has no peak for a dtype or network that the program uses.
       ImpossibleError: if the prediction is faster than the chip's peak allows.
-
-    Source: Williams et al., "Roofline", CACM 2009.
     """
     peaks = device_peaks(target, cpu_peaks)
-    terms: dict[str, float] = dict.fromkeys(("compute", "memory", "launch"), 0.0)
-    chip_s = hlo_s = cycles_s = 0.0
-    for op in cost.ops:
-        roofline_s, bound = _roofline(op, peaks, target)
-        op_s = roofline_s
-        if peaks.clock_hz and op.cycles is not None:
-            op_s = op.cycles / peaks.clock_hz
-            cycles_s += op_s
-        terms[bound] += op_s
-        chip_s += op_s
-        hlo_s += roofline_s
-    wire_s = sum(collective_s(size, group, target) for (_, group), size in cost.collective_bytes)
-    terms["collective"] = wire_s
-    step_s = max(chip_s, wire_s)
-    signal = "compiler" if cycles_s else "hlo"
-    error = SIGNAL_ERROR[signal]
+    rate = _rate(target, peaks)
+    timeline = simulate(cost.steps, lambda op: _op_s(op, target, rate))
+    hlo = simulate(
+        cost.steps, lambda op: _op_s(op, target, lambda one: roofline_s(one, peaks, target))
+    )
+    step_s = timeline.step_s
+    terms = _terms(timeline, rate)
+    error, status = error_factor(target.chip)
+    has_cycles = any(op.cycles is not None for op in cost.ops)
+    return Prediction(
+        step_s=step_s,
+        low_s=step_s / error,
+        high_s=step_s * error,
+        bound=max(terms, key=lambda name: terms[name]),
+        mfu=_utilisation(model_flops, step_s, dtype, peaks, target),
+        terms=tuple(terms.items()),
+        hlo_s=hlo.step_s,
+        compiler_s=_cycles_s(cost, target) if has_cycles else None,
+        status=status,
+        built_from=_BUILT_FROM["tpu" if has_cycles else target.kind],
+    )
+
+
+_BUILT_FROM = {
+    "tpu": "schedule with the compiler's cycles, roofline where there are none",
+    "gpu": "schedule with kernels fitted to measured ones",
+    "cpu": "roofline of the priced ops",
+}
+
+
+def _rate(target: Target, peaks: Peaks) -> Rate:
+    """Returns the function that prices what runs on the core."""
+    chip = chip_table()[target.chip]
+    if target.kind == "tpu":
+        return lambda op: tpu.op_s(op, peaks, target, chip)
+    if target.kind == "gpu":
+        return lambda op: gpu.op_s(op, chip)
+    return lambda op: roofline_s(op, peaks, target)
+
+
+def _op_s(op: OpCost, target: Target, rate: Rate) -> float:
+    """Seconds of one execution, wherever it runs."""
+    if op.collective:
+        group = place_group(op.groups, op.pairs, target)
+        return collective_s(op.collective, op.buffer_bytes, group, target)
+    if op.stream == "host":
+        return host_copy_s(op.host_bytes, target)
+    return rate(op)[0]
+
+
+def _cycles_s(cost: Cost, target: Target) -> float:
+    """The schedule with the compiler's cycles alone; what has none takes no time on the core."""
+    clock_hz = (chip_table()[target.chip].clock_ghz or 0.0) * 1e9
+
+    def rate(op: OpCost) -> tuple[float, str]:
+        return (op.cycles or 0) / clock_hz, ""
+
+    return simulate(cost.steps, lambda op: _op_s(op, target, rate)).step_s
+
+
+def _terms(timeline: Timeline, rate: Rate) -> dict[str, float]:
+    terms: Counter[str] = Counter(dict.fromkeys(("compute", "memory", "launch"), 0.0))
+    for event in timeline.events:
+        if event.stream == "compute":
+            terms[rate(event.op)[1]] += event.total_s
+    for stream, seconds in timeline.exposed_s:
+        terms[stream] += seconds
+    return dict(terms)
+
+
+def _utilisation(
+    model_flops: float, step_s: float, dtype: str, peaks: Peaks, target: Target
+) -> float:
     peak = max(peaks.product_flops.values()) if target.kind == "cpu" else peaks.product_flops[dtype]
     mfu = model_flops / (step_s * peak) if step_s else 0.0
     if mfu > 1 + _ROUNDING:
@@ -149,36 +184,4 @@ def predict_step(
             f"A step of {step_s:.3g} s would use {mfu:.0%} of {target.chip}'s peak: a figure in "
             "chips.toml, the trip count of a loop or a rule is wrong. Please report the program."
         )
-    return Prediction(
-        step_s=step_s,
-        low_s=step_s / error,
-        high_s=(chip_s + wire_s) * error,
-        bound=max(terms, key=lambda name: terms[name]),
-        mfu=min(mfu, 1.0),
-        terms=tuple(terms.items()),
-        hlo_s=max(hlo_s, wire_s),
-        compiler_s=max(cycles_s, wire_s) if cycles_s else None,
-        built_from="compiler cycles, roofline where there are none"
-        if cycles_s
-        else "roofline of the priced ops",
-    )
-
-
-def _roofline(op: OpCost, peaks: Peaks, target: Target) -> tuple[float, str]:
-    """Returns (seconds over all its executions, what bounds them)."""
-    elementwise = sum(flops for _, flops in op.flops) - op.matmul_flops
-    products = op.padded_flops - elementwise
-    compute = products / _product_peak(peaks, op.product_dtype, target) if products else 0.0
-    vector = elementwise / peaks.vector_flops
-    memory = op.hbm_bytes / peaks.hbm_bytes_per_s
-    launch = peaks.launch_s * op.count
-    terms = {"compute": compute, "memory": max(memory, vector), "launch": launch}
-    bound = max(terms, key=lambda name: terms[name])
-    return max(compute, vector, memory) + launch, bound
-
-
-def _product_peak(peaks: Peaks, hlo_dtype: str, target: Target) -> float:
-    dtype = _DTYPES.get(hlo_dtype, hlo_dtype)
-    if dtype not in peaks.product_flops:
-        return chip_table()[target.chip].peak(dtype)
-    return peaks.product_flops[dtype]
+    return min(mfu, 1.0)

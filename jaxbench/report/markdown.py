@@ -33,10 +33,10 @@ def render_page(title: str, about: str, records: Sequence[Record]) -> str:
     ]
     made_with = ", ".join(sorted(versions))
     head = f"# {title}\n\n{about}\n\n{len(records)} records. Made with {made_with}.\n"
-    return head + "".join(_render(table) for table in tables)
+    return head + "".join(render_table(table) for table in tables)
 
 
-def _render(table: Table) -> str:
+def render_table(table: Table) -> str:
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.strip().replace("|", "\\|") for cell in cells) + " |\n"
 

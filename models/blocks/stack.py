@@ -10,11 +10,24 @@ from jaxtyping import Array, Float
 Layers = Literal["scan", "unroll"]
 # `full` keeps only each layer's input for the backward pass; `dots` also the results of products
 # with weights, which cost most to make again.
-Remat = Literal["none", "dots", "full"]
+# Where a layer names its parts with `checkpoint_name`, `kept` keeps those of KEPT on the device and
+# `offload` those of OFFLOADED in the host's memory: the lists of published recipes. Source:
+# AI-Hypercomputer/tpu-recipes@c8cfe2f, training/ironwood/llama3.1-70b and
+# training/trillium/Llama3.1-8B-MaxText.
+Remat = Literal["none", "kept", "offload", "dots", "full"]
+KEPT = ("layer_input", "query", "key", "value", "mixed")
+OFFLOADED = ("layer_input", "query", "key", "value", "attention_out")
 
 _POLICIES: dict[str, Any] = {
     "full": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "kept": jax.checkpoint_policies.save_only_these_names(*KEPT),
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=list(OFFLOADED),
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
