@@ -30,6 +30,7 @@ class Chip:
     hbm_efficiency: float = 1.0
     kernel_efficiency: float = 0.5
     clock_ghz: float | None = None
+    cycle_scale: float = 1.0
     devices_per_chip: int = 1
     topology_name: str = ""
     topology_dims: int = 1

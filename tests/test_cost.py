@@ -8,8 +8,9 @@ import jax
 import pytest
 from hlo_samples import CONVOLUTIONS, FSDP, PROGRAMS, SCAN_BATCH, SCAN_LAYERS, SCAN_WIDTH, hlo
 
-from jaxbench.cost import RULES, Cost, OpCost, price_module
+from jaxbench.cost import Cost, OpCost, price_module
 from jaxbench.hlo import read_module
+from jaxbench.rules import RULES
 
 __all__ = ["hlo"]
 Hlo = tuple[str, dict[str, bytes]]
@@ -196,7 +197,7 @@ def test_cost_adds_and_multiplies() -> None:
         cycles=3,
         moved_bytes=10,
     )
-    cost = Cost(ops=(op,), unpriced=(("mystery", 1),), unpriced_bytes=30)
+    cost = Cost(steps=(op,), unpriced=(("mystery", 1),), unpriced_bytes=30)
     assert cost + Cost() == Cost() + cost == cost
     three = cost * 3
     assert three.ops[0].count == 3
@@ -206,7 +207,7 @@ def test_cost_adds_and_multiplies() -> None:
     assert (three.cycles, three.padded_flops, three.unpriced) == (9, 24, (("mystery", 3),))
     assert cost.unpriced_share == three.unpriced_share == 0.75
     assert cost * 0 == Cost()
-    assert Cost(ops=(replace(op, cycles=None),)).ops_without_cycles == 1
+    assert Cost(steps=(replace(op, cycles=None),)).ops_without_cycles == 1
 
 
 def test_op_without_a_rule_is_listed(hlo: Hlo, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ Module: name=1:string computations=3*Computation entry_computation_id=6:int64 \
 """
 
 
-def _field_proto(text: str) -> descriptor_pb2.FieldDescriptorProto:
+def _field_proto(text: str, package: str) -> descriptor_pb2.FieldDescriptorProto:
     """One field from `name=number:type`, or `name=number*type` if it repeats."""
     repeated = "*" in text
     name, rest = text.split("=")
@@ -80,27 +80,28 @@ def _field_proto(text: str) -> descriptor_pb2.FieldDescriptorProto:
     field = proto(name=name, number=int(number))
     field.label = proto.LABEL_REPEATED if repeated else proto.LABEL_OPTIONAL
     if kind[0].isupper():
-        field.type, field.type_name = proto.TYPE_MESSAGE, f".{PACKAGE}.{kind}"
+        field.type, field.type_name = proto.TYPE_MESSAGE, f".{package}.{kind}"
     else:
         field.type = proto.Type.Value("TYPE_BYTES" if kind == "raw" else f"TYPE_{kind.upper()}")
     return field
 
 
-def _build_classes() -> dict[str, Any]:
-    """Message classes by name, in a pool of their own."""
-    file = descriptor_pb2.FileDescriptorProto(name="jaxbench_hlo.proto", package=PACKAGE)
+def build_classes(schema: str, package: str) -> dict[str, Any]:
+    """Returns message classes by name, in a pool of their own, from lines `Name: field field`."""
+    file = descriptor_pb2.FileDescriptorProto(name=f"{package}.proto", package=package)
     file.syntax = "proto3"
-    for line in _SCHEMA.strip().splitlines():
+    for line in schema.strip().splitlines():
         name, fields = line.split(":", 1)
-        file.message_type.add(name=name).field.extend(_field_proto(f) for f in fields.split())
+        message_type = file.message_type.add(name=name)
+        message_type.field.extend(_field_proto(field, package) for field in fields.split())
     pool = descriptor_pool.DescriptorPool()
     pool.AddSerializedFile(file.SerializeToString())
     names = [message_type.name for message_type in file.message_type]
     find = pool.FindMessageTypeByName
-    return {n: message_factory.GetMessageClass(find(f"{PACKAGE}.{n}")) for n in names}
+    return {n: message_factory.GetMessageClass(find(f"{package}.{n}")) for n in names}
 
 
-_CLASSES = _build_classes()
+_CLASSES = build_classes(_SCHEMA, PACKAGE)
 
 
 def decode(name: str, data: bytes) -> Any:

@@ -6,4 +6,4 @@ from __future__ import annotations
 def error_factor(chip: str) -> tuple[float, str]:
     """Returns (factor, on what it rests) for predictions on a chip."""
     del chip
-    return 1.25, "not yet validated"
+    return 1.25, "not yet held against published steps"

@@ -105,24 +105,32 @@ class _Machine:
         first, self.events = self.events, []
         first_s = self.now - start_s
         if loop.trips > 1:
-            waited = self.exposed.copy()
+            waited, free = self.exposed.copy(), dict(self.free)
             self.run(loop.steps)
             period_s = self.now - start_s - first_s
             rest = loop.trips - 2
             for stream, seconds in self.exposed.items():
                 self.exposed[stream] += rest * (seconds - waited[stream])
-            self._pass(rest * period_s)
+            moved = {stream: end_s - free.get(stream, end_s) for stream, end_s in self.free.items()}
+            self._pass(rest, period_s, moved)
             if abs(period_s - first_s) <= _SAME * period_s:
                 first = _repeat(first, loop.trips, period_s)
                 self.events = []
             self.events = _repeat(self.events, loop.trips - 1, period_s)
         self.events = outside + first + self.events
 
-    def _pass(self, seconds: float) -> None:
-        """Moves on in time, and all that is under way with it."""
-        self.now += seconds
-        self.free = {stream: end_s + seconds for stream, end_s in self.free.items()}
-        self.ends = {token: (end_s + seconds, of) for token, (end_s, of) in self.ends.items()}
+    def _pass(self, rest: int, period_s: float, moved: dict[Stream, float]) -> None:
+        """Lets `rest` more iterations go by, each as the last one.
+
+        A stream that has more to do than an iteration lasts falls further behind in each.
+        """
+        self.now += rest * period_s
+        for stream, moved_s in moved.items():
+            self.free[stream] += rest * moved_s
+        self.ends = {
+            token: (end_s + rest * moved[stream], stream)
+            for token, (end_s, stream) in self.ends.items()
+        }
 
 
 def _repeat(events: list[Event], count: int, period_s: float) -> list[Event]:
