@@ -141,7 +141,8 @@ def versions_for(target: Target) -> dict[str, str]:
     """Returns the versions of everything that decides what the compiler makes."""
     packages = (*_PACKAGES, *_COMPILER_PACKAGES[target.kind])
     found = {package: importlib.metadata.version(package) for package in packages}
-    return {"python": platform.python_version(), **found}
+    asked = ", ".join(f"{name}={value}" for name, value in target.options)
+    return {"python": platform.python_version(), **found, **({"options": asked} if asked else {})}
 
 
 def compiled_key(program_sha256: str, target: Target) -> str:
@@ -262,7 +263,7 @@ def compile_program(lowered: Any, program_sha256: str, target: Target) -> tuple[
     """
     start = time.perf_counter()
     try:
-        executable, extra_options = _compile(lowered, _OPTIONS.get(target.kind))
+        executable, extra_options = _compile(lowered, _options(target))
     except Exception as error:
         needed = _memory_refusal(str(error))
         if needed is None:
@@ -284,6 +285,10 @@ def compile_program(lowered: Any, program_sha256: str, target: Target) -> tuple[
         extra_options=extra_options,
     )
     return compiled, executable
+
+
+def _options(target: Target) -> dict[str, Any] | None:
+    return {**_OPTIONS.get(target.kind, {}), **dict(target.options)} or None
 
 
 def _compile(lowered: Any, options: Mapping[str, Any] | None) -> tuple[Any, Mapping[str, Any]]:

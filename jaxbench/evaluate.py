@@ -58,6 +58,7 @@ def evaluate(
     described: Mapping[str, Any],
     layout: str,
     target: str,
+    options: tuple[tuple[str, Any], ...] = (),
     cpu_peaks: Mapping[str, float] | None = None,
     keep: bool = False,
 ) -> dict[str, Any]:
@@ -67,10 +68,12 @@ def evaluate(
       described: From `discovery.describe_candidates`.
       layout: Resolved layout.
       target: Target name.
+      options: Compiler options of the target.
       cpu_peaks: From `measure_peaks`, needed on CPU targets.
       keep: Also keep the executables in the cache, for `time_step`.
     """
-    line = _Line(described, layout, parse_target(target), cpu_peaks)
+    asked = dataclasses.replace(parse_target(target), options=options)
+    line = _Line(described, layout, asked, cpu_peaks)
     return line.run(lambda: line.price(keep=keep))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -25,9 +26,11 @@ class Case:
       batch: Global batch.
       step_s: Published seconds of one step.
       half: Whether constants were fitted on the row.
-      group: Which goal it counts for; `flash` are Pallas kernels and host offload on TPUs.
+      group: Which goal it counts for; `flash` are Pallas kernels and host offload on TPUs; of
+        `order`, whose scale is not known, only the order of rivals counts.
       rivals: Name of the set of models that one publication timed on one chip; empty for none.
       differs: What could not be reproduced.
+      options: Compiler options that were given.
     """
 
     id: str
@@ -37,12 +40,13 @@ class Case:
     batch: int
     step_s: float
     half: Literal["fit", "check"]
-    group: Literal["plain", "flash", "gpu"]
+    group: Literal["plain", "flash", "gpu", "order"]
     source: str
     differs: str
     rivals: str = ""
     config: tuple[tuple[str, Any], ...] = ()
     inputs: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def chip(self) -> str:
@@ -51,7 +55,7 @@ class Case:
 
     def request(self, described: Mapping[str, Mapping[str, Any]]) -> Request:
         """Returns the case as a request, from the descriptions of all candidates by name."""
-        target = parse_target(self.target)
+        target = dataclasses.replace(parse_target(self.target), options=self.options)
         return Request(
             described=self._describe(described[self.candidate]),
             layout=resolve_layout(parse_layout(self.layout), target.num_devices).name,
@@ -85,6 +89,7 @@ def published_cases() -> tuple[Case, ...]:
 
 
 def _case(row: dict[str, Any]) -> Case:
+    row["options"] = tuple(row.get("options", {}).items())
     row["config"] = tuple(row.get("config", {}).items())
     row["inputs"] = tuple((name, tuple(shape)) for name, shape in row.get("inputs", {}).items())
     return Case(**row)

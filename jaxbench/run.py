@@ -279,7 +279,11 @@ def _title(request: Request) -> str:
 
 
 def _evaluate_job(request: Request, peaks: Any, limits: Limits) -> Job:
-    arguments = {**_arguments(request, peaks), "keep": request.measured}
+    arguments = {
+        **_arguments(request, peaks),
+        "keep": request.measured,
+        "options": request.target.options,
+    }
     return _job(request, "jaxbench.evaluate:evaluate", arguments, limits)
 
 

@@ -29,6 +29,7 @@ class Chip:
     hbm_bytes_per_s: float | None = None
     hbm_efficiency: float = 1.0
     kernel_efficiency: float = 0.5
+    sustained: float = 1.0
     clock_ghz: float | None = None
     cycle_scale: float = 1.0
     devices_per_chip: int = 1
@@ -77,11 +78,13 @@ class Target:
       topology: Chips along each axis of the torus (TPU), (hosts, GPUs a host), or (devices,) on the
         CPU.
       num_slices: Slices joined by the data-centre network (TPU).
+      options: Compiler options beyond those that jaxbench gives for every such chip.
     """
 
     chip: str
     topology: tuple[int, ...]
     num_slices: int = 1
+    options: tuple[tuple[str, Any], ...] = ()
 
     @property
     def name(self) -> str:

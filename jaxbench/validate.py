@@ -118,9 +118,10 @@ def _find(known: Sequence[Record], request: Request, *, exact: bool) -> Record |
     same = [record for record in known if record.id == request.id]
     if same or exact:
         return same[0] if same else None
-    asked = _essence(request.described, request.layout, request.target.name)
+    asked = _essence(request.described, request.layout, request.target.name, request.versions)
     of_record = (
-        (record, _essence(vars_of(record), record.layout, record.target)) for record in known
+        (record, _essence(vars_of(record), record.layout, record.target, record.versions))
+        for record in known
     )
     return next((record for record, essence in of_record if essence == asked), None)
 
@@ -130,9 +131,11 @@ def vars_of(record: Record) -> dict[str, Any]:
     return {**record.to_json(), "name": record.candidate}
 
 
-def _essence(described: Mapping[str, Any], layout: str, target: str) -> str:
+def _essence(
+    described: Mapping[str, Any], layout: str, target: str, versions: Mapping[str, str]
+) -> str:
     asked = [described[key] for key in ("name", "config", "workload", "source_sha256")]
-    return cache.key_of(asked, layout, target)
+    return cache.key_of(asked, layout, target, versions.get("options", ""))
 
 
 def _hlo_path(out: Path, record: Record) -> Path:
@@ -197,7 +200,7 @@ def predict_hlo(*, path: str, target: str, model_flops: float, dtype: str) -> di
 
 
 def _values(prediction: Prediction) -> dict[str, Any]:
-    names = ("step_s", "low_s", "high_s", "bound", "mfu", "hlo_s", "compiler_s", "predictor")
+    names = ("step_s", "low_s", "high_s", "bound", "mfu", "kind", "hlo_s", "compiler_s")
     values = {name: getattr(prediction, name) for name in names}
     return {**values, "terms": dict(prediction.terms)}
 
@@ -220,11 +223,12 @@ def _outcome(case: Case, record: Record | None, result: Any) -> Outcome:
 def summarise(outcomes: Sequence[Outcome]) -> list[Summary]:
     """Returns errors by goal, by half, by chip, and the order within each set of rivals."""
     told = [outcome for outcome in outcomes if outcome.prediction is not None]
-    sets: list[tuple[str, Callable[[Outcome], bool]]] = [("all", lambda outcome: True)]
+    known = [outcome for outcome in told if outcome.case.group != "order"]
+    sets: list[tuple[str, Callable[[Outcome], bool]]] = [("all", known.__contains__)]
     sets += [(_GROUPS[name], _is("group", name)) for name in _GROUPS]
-    sets += [(_HALVES[name], _is("half", name)) for name in _HALVES]
-    chips = dict.fromkeys(outcome.case.chip for outcome in told)
-    sets += [(chip, _is("chip", chip)) for chip in chips]
+    sets += [(_HALVES[name], _of(known, "half", name)) for name in _HALVES]
+    chips = dict.fromkeys(outcome.case.chip for outcome in known)
+    sets += [(chip, _of(known, "chip", chip)) for chip in chips]
     rivals = dict.fromkeys(outcome.case.rivals for outcome in told if outcome.case.rivals)
     sets += [(f"rivals: {name}", _is("rivals", name)) for name in rivals]
     chosen = ((name, [one for one in told if belongs(one)]) for name, belongs in sets)
@@ -235,12 +239,17 @@ _GROUPS = {
     "plain": "TPU, no kernels, no offload",
     "flash": "TPU, flash kernels or offload",
     "gpu": "GPU",
+    "order": "only their order is known",
 }
 _HALVES = {"fit": "half that constants were fitted on", "check": "other half"}
 
 
 def _is(attribute: str, value: str) -> Callable[[Outcome], bool]:
     return lambda outcome: getattr(outcome.case, attribute) == value
+
+
+def _of(known: Sequence[Outcome], attribute: str, value: str) -> Callable[[Outcome], bool]:
+    return lambda outcome: outcome in known and getattr(outcome.case, attribute) == value
 
 
 def _summary(name: str, outcomes: Sequence[Outcome]) -> Summary:

@@ -1,4 +1,4 @@
-"""Predicted profiles, read back by others: JAX's own reader, XProf's converters, any JSON reader."""
+"""Predicted profiles, read back by others: JAX, XProf's converters, any JSON reader."""
 
 import gzip
 import json
@@ -62,7 +62,7 @@ def test_profile_has_every_execution_at_its_time(timeline, profile) -> None:
     assert total_s == pytest.approx(1e-3 + LAYERS * 6e-3)
     gathers = lines["Async XLA Ops"]
     assert len(gathers) == LAYERS
-    # Each gather is longer than the product beside it, and the next one starts when it is waited for.
+    # Each gather outlasts the product beside it; the next one starts when it is waited for.
     assert gathers[1].start_ns - gathers[0].start_ns == pytest.approx(3e6)
     (step,) = lines["Steps"]
     assert step.duration_ns / 1e9 == pytest.approx(timeline.step_s)

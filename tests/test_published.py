@@ -27,7 +27,7 @@ DESCRIBED = {
 
 def outcome(case, ratio: float) -> Outcome:
     values = dict.fromkeys(("low_s", "high_s", "hlo_s"), case.step_s * ratio)
-    prediction = {"step_s": case.step_s * ratio, "bound": "compute", **values}
+    prediction = {"kind": "products", "step_s": case.step_s * ratio, "bound": "compute", **values}
     return Outcome(case=case, made_with="jax 0", prediction=prediction)
 
 

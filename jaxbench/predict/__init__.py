@@ -15,7 +15,7 @@ from jaxbench.cost import Cost, OpCost
 from jaxbench.errors import ImpossibleError
 from jaxbench.network import collective_s, host_copy_s, place_group
 from jaxbench.predict import gpu, tpu
-from jaxbench.predict.interval import error_factor
+from jaxbench.predict.interval import error_factor, kind_of
 from jaxbench.predict.roofline import Peaks, device_peaks, roofline_s
 from jaxbench.predict.schedule import simulate
 from jaxbench.predict.timeline import Timeline
@@ -43,6 +43,7 @@ class Prediction:
         add up to `step_s`.
       hlo_s: The roofline signal: the same schedule with every op at its roofline. compiler_s: The
         same with the compiler's cycles alone, or None where it writes none.
+      kind: What most of its work is: `products`, `convolutions` or `kernels`.
       status: On what the interval rests.
     """
 
@@ -54,6 +55,7 @@ class Prediction:
     terms: tuple[tuple[str, float], ...]
     hlo_s: float
     compiler_s: float | None
+    kind: str
     built_from: str
     status: str
     predictor: str = PREDICTOR
@@ -111,7 +113,8 @@ def predict_step(
     )
     step_s = timeline.step_s
     terms = _terms(timeline, rate)
-    error, status = error_factor(target.chip)
+    kind = kind_of(cost)
+    error, status = error_factor(target.chip, kind)
     has_cycles = any(op.cycles is not None for op in cost.ops)
     return Prediction(
         step_s=step_s,
@@ -122,6 +125,7 @@ def predict_step(
         terms=tuple(terms.items()),
         hlo_s=hlo.step_s,
         compiler_s=_cycles_s(cost, target) if has_cycles else None,
+        kind=kind,
         status=status,
         built_from=_BUILT_FROM["tpu" if has_cycles else target.kind],
     )

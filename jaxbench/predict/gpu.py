@@ -12,8 +12,14 @@ def op_s(op: OpCost, chip: Chip) -> tuple[float, str]:
     """Returns seconds of one execution on the main stream, and what bounds them.
 
     A product takes what an autotuned kernel of its sizes takes, whatever tiles the compiler, which
-    could time none, has written. What is fused to it overlaps.
+    could time none, has written. What is fused to it overlaps. Within a step kernels keep only the
+    chip's `sustained` share of their speed alone: power, gaps, and what NCCL takes of the cores.
     """
+    seconds, bound = _alone(op, chip)
+    return seconds / chip.sustained, bound
+
+
+def _alone(op: OpCost, chip: Chip) -> tuple[float, str]:
     elementwise = sum(flops for _, flops in op.flops) - op.matmul_flops
     memory = kernel_s(op.hbm_bytes, vector_flops=elementwise, chip=chip)
     if not op.matmul_flops:

@@ -1,0 +1,49 @@
+"""Errors of all published cases, as jaxbench/predict/interval.toml holds them; by hand.
+
+    python benchmarks/fit_intervals.py [DIR] > jaxbench/predict/interval.toml
+
+DIR holds what `jaxbench validate` made (default results/validate).
+"""
+
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from jaxbench.published import published_cases
+from jaxbench.run import Limits
+from jaxbench.target import chip_table
+from jaxbench.validate import validate
+
+SMALLEST = 1.05  # published times of one program differ by so much between versions of its software
+
+
+def main():
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results/validate")
+    cases = [case for case in published_cases() if case.group != "order"]
+    outcomes = validate(cases, folder, limits=Limits(), progress=lambda *_: None)
+    rows = defaultdict(list)
+    for outcome in outcomes:
+        if outcome.prediction is None:
+            continue
+        chip = outcome.case.chip
+        size = abs(np.log(outcome.prediction["step_s"] / outcome.case.step_s))
+        kind = outcome.prediction["kind"]
+        for name in (chip, chip_table()[chip].kind):
+            rows[name, kind].append(size)
+            rows[name, "all"].append(size)
+    print(
+        "# Factors within which nine of ten published steps lie, by chip or platform and kind."
+    )
+    print("# Made by benchmarks/fit_intervals.py from the cases of published.toml.")
+    for name in dict.fromkeys(name for name, _ in rows):
+        print(f"\n[{name}]")
+        for kind in ("products", "convolutions", "kernels", "all"):
+            if sizes := rows.get((name, kind)):
+                factor = max(SMALLEST, float(np.exp(np.quantile(sizes, 0.9))))
+                print(f"{kind} = {{ factor = {factor:.3f}, cases = {len(sizes)} }}")
+
+
+if __name__ == "__main__":
+    main()
