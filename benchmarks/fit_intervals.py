@@ -33,9 +33,7 @@ def main():
         for name in (chip, chip_table()[chip].kind):
             rows[name, kind].append(size)
             rows[name, "all"].append(size)
-    print(
-        "# Factors within which nine of ten published steps lie, by chip or platform and kind."
-    )
+    print("# Factors within which nine of ten published steps lie, by chip or platform and kind.")
     print("# Made by benchmarks/fit_intervals.py from the cases of published.toml.")
     for name in dict.fromkeys(name for name, _ in rows):
         print(f"\n[{name}]")

@@ -28,7 +28,7 @@ FOLDER = "hlo"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Outcome:
-    """One case, predicted; `failure` says why where it is not."""
+    """One case, predicted; `failure` says why where it is not, or that it would not fit."""
 
     case: Case
     made_with: str
@@ -168,7 +168,7 @@ def _predict(
             limit_bytes=limits.limit_bytes,
         )
         for case, record in zip(cases, records, strict=True)
-        if record is not None and record.cost is not None and _hlo_path(out, record).exists()
+        if record is not None and _hlo_path(out, record).exists()
     }
     results = {
         job.name: result
@@ -181,11 +181,12 @@ def _predict(
 
 
 def _arguments(record: Record, path: Path) -> dict[str, Any]:
-    assert record.cost is not None
+    # A program that is too large for its device was compiled all the same: it has a time, no MFU.
+    model_flops = record.cost["model_flops"] if record.cost else 0.0
     return {
         "path": str(path),
         "target": record.target,
-        "model_flops": record.cost["model_flops"],
+        "model_flops": model_flops,
         "dtype": record.workload["dtype"],
     }
 
@@ -208,7 +209,8 @@ def _values(prediction: Prediction) -> dict[str, Any]:
 def _outcome(case: Case, record: Record | None, result: Any) -> Outcome:
     made_with = "" if record is None else ", ".join(f"{k} {v}" for k, v in record.versions.items())
     if isinstance(result, dict):
-        return Outcome(case=case, made_with=made_with, **result)
+        too_large = record.failure["text"] if record and record.failure else ""
+        return Outcome(case=case, made_with=made_with, failure=too_large, **result)
     text = "not compiled"
     if result is not None:
         text = f"{result.error}: {result.text}"

@@ -693,3 +693,45 @@ def test_cli_reader_that_goes_away_gives_no_traceback(tmp_path: Path) -> None:
     os.close(write)
     _, _, stderr = command.finish()
     assert "Traceback" not in stderr
+
+
+# --- Published steps and predicted profiles ---
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def test_validate_prices_a_kept_program_without_a_compiler(shared_cache: Path) -> None:
+    code, stdout, stderr = jaxbench(
+        "validate", "v4-1x128-22b", "--json", "--out", RESULTS / "validate", cache=shared_cache
+    )
+    assert (code, stderr) == (0, "")
+    (case,) = parse(stdout)["cases"]
+    assert case["published_s"] == 13.836
+    assert case["prediction"]["low_s"] < case["prediction"]["step_s"]
+    # Goal for such rows: nine of ten within 15 %.
+    assert abs(case["error"]) < 0.15
+
+
+def test_validate_of_an_unknown_case_says_what_there_is(shared_cache: Path) -> None:
+    code, _, stderr = jaxbench("validate", "tpu-v9", cache=shared_cache)
+    assert code == 2
+    assert "No published case 'tpu-v9'" in error_line(stderr)
+
+
+def test_profile_writes_files_for_xprof_and_perfetto(shared_cache: Path, tmp_path: Path) -> None:
+    code, stdout, stderr = jaxbench(
+        "profile", "tiny-cpu-wide", "--from", TINY, "--target", "tpu-v5e", "--logdir", tmp_path,
+        "--out", tmp_path / "out", "--json", cache=shared_cache,
+    )  # fmt: skip
+    assert (code, stderr) == (0, "")
+    written = parse(stdout)
+    assert all(Path(written[name]).stat().st_size for name in ("xspace", "trace"))
+
+
+def test_profile_of_a_cpu_step_is_refused(shared_cache: Path, tmp_path: Path) -> None:
+    code, _, stderr = jaxbench(
+        "profile", "tiny-cpu-wide", "--from", TINY, "--target", "cpu", "--logdir", tmp_path,
+        "--out", tmp_path / "out", cache=shared_cache,
+    )  # fmt: skip
+    assert code == 2
+    assert "no target to simulate" in error_line(stderr)

@@ -30,7 +30,10 @@ def outcome_table(outcomes: Sequence[Outcome]) -> Table:
                 f"{format_s(prediction['low_s'])} - {format_s(prediction['high_s'])}",
                 prediction["bound"],
             )
-        rows.append((case.id, case.target, case.half, format_s(case.step_s), *cells, case.differs))
+        differs = (
+            f"{case.differs}; {outcome.failure}" if prediction and outcome.failure else case.differs
+        )
+        rows.append((case.id, case.target, case.half, format_s(case.step_s), *cells, differs))
     return Table(
         title="Published training steps",
         header=(
