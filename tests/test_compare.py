@@ -407,7 +407,7 @@ Two networks.
 | net-cpu-one | 8 |
 | net-cpu-two | 5.33 (0.67x) |
 
-* measured on this machine; the others are predicted, not yet validated. Bracket: against the base above it.
+* measured on this machine; the others are predicted (`jaxbench validate`: how well). Bracket: against the base above it.
 
 ## Choices whose winner changes with the target
 

@@ -54,7 +54,7 @@ def speed_table(records: Sequence[Record]) -> Table:
         header=("candidate", *targets),
         rows=tuple(rows),
         notes=(
-            "* measured on this machine; the others are predicted, not yet validated. "
+            "* measured on this machine; the others are predicted (`jaxbench validate`: how well). "
             "Bracket: against the base above it.",
             *_extra_notes(kept),
         ),
