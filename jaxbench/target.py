@@ -41,6 +41,8 @@ class Chip:
     link_bytes_per_s: float | None = None
     num_links: int = 1
     link_efficiency: float = 1.0
+    all_reduce_efficiency: float = 1.0
+    core_link_bytes_per_s: float | None = None
     collective_s: float = 0.0
     network_bytes_per_s: float | None = None
     network_efficiency: float = 1.0
