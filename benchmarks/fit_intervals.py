@@ -19,6 +19,17 @@ from jaxbench.validate import validate
 SMALLEST = 1.05  # published times of one program differ by so much between versions of its software
 
 
+def _scatter(outcomes, signal):
+    """Factor within which nine of ten signals lie about the median of their chip."""
+    logs = defaultdict(list)
+    for outcome in outcomes:
+        seconds = outcome.prediction and outcome.prediction[f"{signal}_s"]
+        if seconds:
+            logs[outcome.case.chip].append(np.log(seconds / outcome.case.step_s))
+    about = [abs(value - np.median(some)) for some in logs.values() for value in some]
+    return float(np.exp(np.quantile(about, 0.9)))
+
+
 def main():
     folder = Path(sys.argv[1] if len(sys.argv) > 1 else "results/validate")
     cases = [case for case in published_cases() if case.group != "order"]
@@ -35,6 +46,8 @@ def main():
             rows[name, "all"].append(size)
     print("# Factors within which nine of ten published steps lie, by chip or platform and kind.")
     print("# Made by benchmarks/fit_intervals.py from the cases of published.toml.")
+    for signal in ("hlo", "compiler"):
+        print(f"# {signal} alone, about each chip's median: {_scatter(outcomes, signal):.2f}")
     for name in dict.fromkeys(name for name, _ in rows):
         print(f"\n[{name}]")
         for kind in ("products", "convolutions", "kernels", "all"):

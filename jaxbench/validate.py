@@ -274,4 +274,5 @@ def _tau(outcomes: Sequence[Outcome]) -> float:
 
     published = [outcome.case.step_s for outcome in outcomes]
     predicted = [outcome.prediction["step_s"] for outcome in outcomes if outcome.prediction]
-    return float(kendalltau(published, predicted).statistic)
+    tau, _ = kendalltau(published, predicted)
+    return float(tau)

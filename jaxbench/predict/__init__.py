@@ -7,7 +7,7 @@ from both and says so.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -169,7 +169,8 @@ def _cycles_s(cost: Cost, target: Target) -> float:
 
 
 def _terms(timeline: Timeline, rate: Rate) -> dict[str, float]:
-    terms: Counter[str] = Counter(dict.fromkeys(("compute", "memory", "launch"), 0.0))
+    terms: defaultdict[str, float] = defaultdict(float)
+    terms.update(dict.fromkeys(("compute", "memory", "launch"), 0.0))
     for event in timeline.events:
         if event.stream == "compute":
             terms[rate(event.op)[1]] += event.total_s

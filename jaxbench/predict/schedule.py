@@ -6,7 +6,7 @@ in the schedule, and what stands between them overlaps.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
@@ -52,7 +52,7 @@ class _Machine:
     now: float = 0.0
     free: dict[Stream, float] = field(default_factory=dict)
     ends: dict[str, tuple[float, Stream]] = field(default_factory=dict)
-    exposed: Counter[Stream] = field(default_factory=Counter)
+    exposed: defaultdict[Stream, float] = field(default_factory=lambda: defaultdict(float))
     events: list[Event] = field(default_factory=list)
 
     def run(self, steps: Iterable[Step]) -> None:
@@ -111,7 +111,9 @@ class _Machine:
             rest = loop.trips - 2
             for stream, seconds in self.exposed.items():
                 self.exposed[stream] += rest * (seconds - waited[stream])
-            moved = {stream: end_s - free.get(stream, end_s) for stream, end_s in self.free.items()}
+            moved: dict[Stream, float] = {
+                stream: end_s - free.get(stream, end_s) for stream, end_s in self.free.items()
+            }
             self._pass(rest, period_s, moved)
             if abs(period_s - first_s) <= _SAME * period_s:
                 first = _repeat(first, loop.trips, period_s)
