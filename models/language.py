@@ -33,7 +33,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from jaxbench.candidate import Candidate, Input, Validity, Workload, constrain
-from jaxbench.models.blocks.attention import NEVER, attend, rotate
+from jaxbench.models.blocks.attention import NEVER, attend, cudnn_takes, rotate
 from jaxbench.models.blocks.feedforward import Activation, FeedForward
 from jaxbench.models.blocks.losses import cross_entropy
 from jaxbench.models.blocks.norms import RMSNorm, make_norm
@@ -109,9 +109,9 @@ def flash(
 ) -> Float[Array, "B T N H2"]:
     """Computes causal attention: in JAX's Pallas kernel on a TPU, in cuDNN's on a GPU.
 
-    A kernel keeps one tile of scores on the chip and skips tiles above the diagonal. The partitioner
-    cannot split it, so it is mapped over the mesh axes that batch and heads lie on. Elsewhere, and
-    on a GPU for heads that cuDNN does not take (wider than 128, keys and values of two widths),
+    A kernel keeps one tile of scores on the chip and skips tiles above the diagonal. As the
+    partitioner cannot split it, it is mapped over the mesh axes of batch and heads. Elsewhere, and
+    on a GPU for what cuDNN does not take (float32, heads wider than 128 or of two widths),
     attention is two einsums.
 
     The TPU's is the kernel that MaxText's 16B and 32B rows ran. The newer one, splash attention,
@@ -123,8 +123,8 @@ def flash(
     def plain(query: Array, key: Array, value: Array) -> Array:
         return attend(query, key, value, causal=True)
 
-    H = key.shape[-1]
-    on_gpu = _flash_on_gpu if value.shape[-1] == H <= 128 and H % 8 == 0 else plain
+    # An abstract mesh, which lowers for no device in particular, gets the einsums as well.
+    on_gpu = _flash_on_gpu if cudnn_takes(key, value) else plain
     kernels = {"tpu": _mapped(_flash_on_tpu), "cuda": _mapped(on_gpu)}
     return jax.lax.platform_dependent(query, key, value, **kernels, default=plain)
 

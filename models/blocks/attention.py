@@ -207,3 +207,16 @@ class Attention(nnx.Module):
         mixed = attend(query, key, value, causal=self.causal, mask=mask, bias=bias, kind=self.kind)
         y = jnp.einsum("BTNH,NHD->BTD", mixed, self.out[...].astype(x.dtype))
         return y if self.out_bias is None else y + spread(self.out_bias[...], y)
+
+
+def cudnn_takes(key: Float[Array, "B S K H"], value: Float[Array, "B S K H2"]) -> bool:
+    """Returns whether cuDNN's attention takes such heads, on a mesh whose devices are known.
+
+    JAX partitions the call by a rule of its own, which needs devices when it is lowered.
+    """
+    H = key.shape[-1]
+    from jax._src.mesh import get_abstract_mesh, get_concrete_mesh
+
+    is_abstract = get_concrete_mesh().empty and not get_abstract_mesh().empty
+    narrow = key.dtype.itemsize == 2 and value.shape[-1] == H <= 128 and H % 8 == 0
+    return narrow and not is_abstract
