@@ -20,7 +20,7 @@ from jaxbench.predict import Prediction, predict_step
 from jaxbench.published import Case
 from jaxbench.record import Record, read_records
 from jaxbench.run import Limits, Progress, Request, describe, families_of, run
-from jaxbench.target import chip_table, parse_target
+from jaxbench.target import Target, chip_table, parse_target
 from jaxbench.worker import Job, run_jobs
 
 FOLDER = "hlo"
@@ -103,9 +103,9 @@ def validate(
     run(list({request.id: request for request in missing}.values()), out, limits, progress)
     known = _known_records(out)
     records = [_find(known, request, exact=recompile) for request in requests]
-    for record in records:
+    for record, request in zip(records, requests, strict=True):
         if record is not None:
-            _keep_hlo(out, record)
+            _keep_hlo(out, record, request.target)
     return _predict(cases, records, out, limits)
 
 
@@ -142,13 +142,11 @@ def _hlo_path(out: Path, record: Record) -> Path:
     return out / FOLDER / f"{record.id}.hlo.xz"
 
 
-def _keep_hlo(out: Path, record: Record) -> None:
+def _keep_hlo(out: Path, record: Record, target: Target) -> None:
     path = _hlo_path(out, record)
     if path.exists() or record.program_sha256 is None:
         return
-    packed = cache.read_entry(
-        "compiled", compiled_key(record.program_sha256, parse_target(record.target))
-    )
+    packed = cache.read_entry("compiled", compiled_key(record.program_sha256, target))
     if packed is None:
         return
     with cache.storage_errors(path):
