@@ -272,5 +272,5 @@ def _tau(outcomes: Sequence[Outcome]) -> float:
 
     published = [outcome.case.step_s for outcome in outcomes]
     predicted = [outcome.prediction["step_s"] for outcome in outcomes if outcome.prediction]
-    tau, _ = kendalltau(published, predicted)
+    tau: Any = kendalltau(published, predicted)[0]
     return float(tau)
