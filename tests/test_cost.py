@@ -10,7 +10,9 @@ from hlo_samples import CONVOLUTIONS, FSDP, PROGRAMS, SCAN_BATCH, SCAN_LAYERS, S
 
 from jaxbench.cost import Cost, OpCost, price_module
 from jaxbench.hlo import read_module
-from jaxbench.rules import RULES
+from jaxbench.hlo.module import DotDims, Op
+from jaxbench.hlo.shape import Shape
+from jaxbench.rules import RULES, work_of
 
 __all__ = ["hlo"]
 Hlo = tuple[str, dict[str, bytes]]
@@ -218,3 +220,18 @@ def test_op_without_a_rule_is_listed(hlo: Hlo, monkeypatch: pytest.MonkeyPatch) 
     assert cost.matmul_flops == 0
     # The rest are copies of the operands to VMEM, on v5e, and conversions on the older XLA:CPU.
     assert 0.4 <= cost.unpriced_share <= 1.0
+
+
+def test_product_of_130_fills_two_tiles_of_a_matrix_unit_of_128() -> None:
+    side = 130
+    matrix = Shape(dtype="bf16", dims=(side, side), size=side**2, bytes=2 * side**2, padded_bytes=0)
+    a, b = (
+        Op(name=name, opcode="parameter", shape=matrix, operands=(), called=()) for name in "ab"
+    )
+    dims = DotDims(lhs_contracting=(1,), rhs_contracting=(0,), lhs_batch=(), rhs_batch=())
+    dot = Op(name="dot", opcode="dot", shape=matrix, operands=(a, b), called=(), dot=dims)
+    work, missing = work_of(dot, 128)
+    assert missing == ()
+    assert work.flops == (("bf16", 2 * side**3),)
+    assert work.padded == 2 * 136 * 256 * 256  # rows to 8 sublanes, columns and depth to 2 x 128
+    assert work.sizes == (1, side, side, side)
