@@ -236,6 +236,8 @@ def _places(
     """(*torus axes, core) of devices of one slice."""
     if coords is not None:
         return np.array([coords[number][1:] for number in numbers])
+    if len(numbers) == _slice_devices(target):
+        return _host_order(target)  # all of them, in whatever order: JAX need not be asked
     inside = numbers % _slice_devices(target)
     return _natural_places(target, _implied_mesh(inside, _slice_devices(target)))[inside]
 
@@ -271,16 +273,23 @@ class _StandIn:
 
 
 @functools.lru_cache(maxsize=256)
+def _host_order(target: Target) -> np.ndarray:
+    """(*torus axes, core): host by host, the first torus axis fastest, then the cores."""
+    chip = chip_table()[target.chip]
+    dims = target.topology
+    places = np.indices((*dims, chip.devices_per_chip)).reshape(len(dims) + 1, -1).T
+    hosts = places[:, :-1] // np.array(chip.host_bounds)
+    return places[np.lexsort((places[:, -1], *places[:, :-1].T, *hosts.T))]
+
+
+@functools.lru_cache(maxsize=256)
 def _natural_places(target: Target, mesh: tuple[int, ...]) -> np.ndarray:
     """(*torus axes, core) by device number, as make_mesh lays a mesh over one slice."""
     from jax.experimental import mesh_utils
 
     chip = chip_table()[target.chip]
     dims = target.topology
-    # Devices come host by host; the first torus axis runs fastest, then come the cores.
-    places = np.indices((*dims, chip.devices_per_chip)).reshape(len(dims) + 1, -1).T
-    hosts = places[:, :-1] // np.array(chip.host_bounds)
-    places = places[np.lexsort((places[:, -1], *places[:, :-1].T, *hosts.T))]
+    places = _host_order(target)
     if math.prod(dims) > 1:
         kind = _DEVICE_KINDS[chip.name]
         padding = (0,) * (3 - len(dims))
