@@ -166,7 +166,9 @@ def _add_validate(commands: Any) -> None:
         "cases", nargs="*", metavar="CASE", help="parts of ids, or chips; all cases if left out"
     )
     parser.add_argument(
-        "--recompile", action="store_true", help="compile again with the compilers installed here"
+        "--recompile",
+        action="store_true",
+        help="compile here what other versions of the compilers made",
     )
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="also write a Markdown page and a plot beside it"

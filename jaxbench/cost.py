@@ -383,6 +383,12 @@ class _Pricer:
 
 def _collective_steps(op: Op, cost: OpCost, collective: _Collective) -> tuple[Step, ...]:
     """A collective on the network; a fusion that starts one computes beside it."""
+    if not collective.is_async:
+        token = ""
+    elif op.opcode == "fusion":
+        token = f"channel {collective.op.channel_id}"
+    else:
+        token = op.name
     sent = replace(
         cost,
         opcode=cost.opcode.removesuffix("-start"),
@@ -393,11 +399,9 @@ def _collective_steps(op: Op, cost: OpCost, collective: _Collective) -> tuple[St
         groups=collective.op.groups,
         pairs=collective.op.source_target_pairs,
         stream="collective",
-        starts=op.name if collective.is_async else "",
+        starts=token,
     )
-    if op.opcode != "fusion" or not collective.is_async:
-        return (sent,)
-    return (replace(sent, stream="collective", starts=f"channel {collective.op.channel_id}"),)
+    return (sent,)
 
 
 def _link(op: Op) -> dict:

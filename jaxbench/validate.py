@@ -209,7 +209,7 @@ def _outcome(case: Case, record: Record | None, result: Any) -> Outcome:
     if isinstance(result, dict):
         too_large = record.failure["text"] if record and record.failure else ""
         return Outcome(case=case, made_with=made_with, failure=too_large, **result)
-    text = "not compiled"
+    text = "its compiled program is kept nowhere; give another --out, and it is compiled"
     if result is not None:
         text = f"{result.error}: {result.text}"
     elif record is not None and record.failure is not None:

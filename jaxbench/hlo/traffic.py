@@ -27,9 +27,8 @@ def in_hbm(shape: Shape) -> bool:
 
 
 def in_host_memory(shape: Shape) -> bool:
-    """Whether all of a value lies in the host's memory, which only XLA:TPU marks (space 5)."""
-    leaves = [leaf for leaf in shape.leaves if leaf.bytes > 4]
-    return bool(leaves) and any(leaf.memory_space == HOST and leaf.tiles for leaf in leaves)
+    """Whether a part of a value lies in the host's memory, which only XLA:TPU marks (space 5)."""
+    return any(leaf.memory_space == HOST and leaf.tiles for leaf in shape.leaves if leaf.bytes > 4)
 
 
 def hbm_size(shape: Shape) -> int:

@@ -152,7 +152,9 @@ def _op_s(op: OpCost, target: Target, rate: Rate) -> float:
     """Seconds of one execution, wherever it runs."""
     if op.collective:
         group = place_group(op.groups, op.pairs, target)
-        return collective_s(op.collective, op.buffer_bytes, group, target)
+        sent_s = collective_s(op.collective, op.buffer_bytes, group, target)
+        # A product in the same fusion runs while its pieces are sent.
+        return max(sent_s, rate(op)[0]) if op.matmul_flops else sent_s
     if op.stream == "host":
         return host_copy_s(op.host_bytes, target)
     return rate(op)[0]

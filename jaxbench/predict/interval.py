@@ -28,12 +28,12 @@ def error_factor(chip: str, kind: Kind) -> tuple[float, str]:
     """Returns (factor, on what it rests) for predictions of such programs on a chip.
 
     Nine of ten published steps lie within the factor, of the chip and kind if there are enough,
-    else of the chip, of the same kind on all TPUs or GPUs, or of all of these. A CPU has none
-    published: twice is taken.
+    else of the same kind on all TPUs or GPUs, else of all on these: another kind on the same chip
+    says nothing. A CPU has none published: twice is taken.
     """
     platform = chip_table()[chip].kind
     rows = _rows()
-    for name, some in ((chip, kind), (chip, "all"), (platform, kind), (platform, "all")):
+    for name, some in ((chip, kind), (platform, kind), (platform, "all")):
         row = rows.get(name, {}).get(some)
         if row is not None and (row["cases"] >= ENOUGH or (name, some) == (platform, "all")):
             what = "steps" if some == "all" else f"steps of {some}"
