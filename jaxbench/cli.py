@@ -23,7 +23,7 @@ there,
 priced from the compiled program, and, on an attached device, timed."""
 
 _EXAMPLES = """examples:
-  jaxbench run quickstart                           the first table, in about two minutes
+  jaxbench run quickstart                           the first table, in two to three minutes
   jaxbench run my_net.py --targets tpu-v6e:4x4      candidates of your own
   jaxbench compare bev-cpu-gather bev-cpu-product   head to head on the default targets
   jaxbench flips out/quickstart                     choices whose winner changes with the target"""
