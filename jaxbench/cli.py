@@ -26,6 +26,7 @@ _EXAMPLES = """examples:
   jaxbench run quickstart                           the first table, in two to three minutes
   jaxbench run my_net.py --targets tpu-v6e:4x4      candidates of your own
   jaxbench compare bev-cpu-gather bev-cpu-product   head to head on the default targets
+  jaxbench measure bev-cpu-gather bev-cpu-product   which is faster on this machine, timed
   jaxbench flips out/quickstart                     choices whose winner changes with the target"""
 
 
@@ -46,6 +47,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_list(commands)
     _add_run(commands)
     _add_compare(commands)
+    _add_measure(commands)
     _add_flips(commands)
     _add_validate(commands)
     _add_profile(commands)
@@ -146,6 +148,48 @@ def _add_compare(commands: Any) -> None:
     parser.add_argument(
         "--measure", action="store_true", help="also time both on the targets attached here (cpu)"
     )
+
+
+def _add_measure(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "measure",
+        "candidates timed against the first of them on the attached device",
+        _measure,
+    )
+    parser.add_argument("candidates", nargs="+", metavar="CANDIDATE")
+    parser.add_argument(
+        "--from", dest="files", nargs="+", default=[], metavar="FILE", help="files that hold them"
+    )
+    parser.add_argument(
+        "--target", default="cpu", metavar="T", help="an attached one (default cpu)"
+    )
+    parser.add_argument("--layout", help="fsdp, data, or sizes such as data=2,fsdp=8")
+    parser.add_argument(
+        "--budget-s",
+        type=positive_integer,
+        default=60,
+        metavar="S",
+        help="wall seconds of timing (default 60)",
+    )
+    parser.add_argument(
+        "--precision",
+        type=percentage,
+        default=0.005,
+        metavar="P",
+        help="half a ratio's interval at which it ends before (default 0.5%%)",
+    )
+    _add_limits(parser, "folder of records.jsonl (default out/NAMES)")
+
+
+def percentage(text: str) -> float:
+    try:
+        value = float(text.removesuffix("%")) / 100
+    except ValueError:
+        value = math.nan
+    if not (text.endswith("%") and 0 < value < 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is no share such as 0.5%")
+    return value
 
 
 def _add_flips(commands: Any) -> None:
@@ -262,11 +306,14 @@ def _run(arguments: argparse.Namespace) -> int:
 def _limits(arguments: argparse.Namespace) -> Any:
     from jaxbench.run import Limits
 
-    return Limits(
+    limits = Limits(
         num_workers=arguments.jobs,
         limit_s=arguments.limit_s,
         limit_bytes=arguments.limit_gib * 2**30,
     )
+    if "budget_s" not in arguments:
+        return limits
+    return dataclasses.replace(limits, budget_s=arguments.budget_s, precision=arguments.precision)
 
 
 def _evaluate(arguments: argparse.Namespace, what: Sequence[str], name: str) -> list[Any]:
@@ -282,6 +329,7 @@ def _evaluate(arguments: argparse.Namespace, what: Sequence[str], name: str) -> 
             measure=arguments.measure,
             limits=_limits(arguments),
             progress=progress,
+            together="budget_s" in arguments,
         )
 
 
@@ -309,6 +357,23 @@ def _compare(arguments: argparse.Namespace) -> int:
     comparisons = compare_pair(records, arguments.first, arguments.second)
     tables = [speed_table(records), signal_table(comparisons)]
     _show(arguments, {"values": {"comparisons": comparisons}, "tables": tables})
+    return _report_failures(records)
+
+
+def _measure(arguments: argparse.Namespace) -> int:
+    from jaxbench.compare import compare_to_first
+    from jaxbench.report.measured import measured_tables
+
+    arguments.targets, arguments.measure = arguments.target, True
+    names = arguments.candidates
+    records = _evaluate(arguments, [*arguments.files, *names], "-".join(["measure", *names]))
+    records = sorted(
+        (record for record in records if record.candidate in names),
+        key=lambda record: names.index(record.candidate),
+    )
+    comparisons = compare_to_first(records)
+    values = {"records": [record.to_json() for record in records], "comparisons": comparisons}
+    _show(arguments, {"values": values, "tables": measured_tables(records, comparisons)})
     return _report_failures(records)
 
 

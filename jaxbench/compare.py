@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+from jaxbench.paired import compare_rows
 from jaxbench.record import Record
 from jaxbench.signals import SIGNAL_ERROR, SIGNALS
-from jaxbench.stats import median_ratio, median_s
+from jaxbench.stats import Interval, median_ratio, median_s, paired_ratio
 
 Verdict = Literal["faster", "slower", "tie", "inconclusive", "not comparable"]
+_PAIRED_TIE = 1.02  # the same for two that were timed in the same rounds
+_CONTROL = 0.99  # a right control fails once in a hundred sessions
 _TIE = 1.10  # a measured ratio whose whole interval lies within this factor is a tie
 
 
@@ -122,11 +125,20 @@ def _ratio(first: Record, second: Record, signal: str) -> Ratio | None:
         return None
     ratio = low = high = other / one
     if signal == "measured" and first.measurement and second.measurement:
+        if _is_paired(first, second):
+            paired = compare_rows(first.measurement["chains"], second.measurement["chains"])
+            return Ratio(signal=signal, ratio=paired.value, low=paired.low, high=paired.high)
         ratio, low, high = median_ratio(
             second.measurement["samples_s"], first.measurement["samples_s"]
         )
     error = SIGNAL_ERROR.get(signal, math.inf)
     return Ratio(signal=signal, ratio=ratio, low=low / error, high=high * error)
+
+
+def _is_paired(first: Record, second: Record) -> bool:
+    """Whether both were timed in one session, in the same rounds."""
+    sessions = [(record.measurement or {}).get("session") for record in (first, second)]
+    return sessions[0] is not None and sessions[0] == sessions[1]
 
 
 def _incomparable(first: Record, second: Record) -> tuple[Verdict, str] | None:
@@ -144,6 +156,8 @@ def _verdict(first: Record, second: Record, ratios: Sequence[Ratio]) -> tuple[Ve
         return "tie", "the compiler made the same program of both"
     by_signal = {ratio.signal: ratio for ratio in ratios}
     if measured := by_signal.get("measured"):
+        if first.measurement and _is_paired(first, second):
+            return _paired_verdict(measured, first.measurement["controls"])
         return _measured_verdict(measured)
     hlo, compiler = by_signal.get("hlo"), by_signal.get("compiler")
     if hlo is None or compiler is None:
@@ -170,6 +184,54 @@ def _measured_verdict(measured: Ratio) -> tuple[Verdict, str]:
     if measured.low > 1 / _TIE and measured.high < _TIE:
         return "tie", f"{interval}, within {_TIE:.2f}"
     return "inconclusive", f"{interval} holds 1"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Controls:
+    """What a session found where the answer was known: ratios with their 99 % intervals.
+
+    Attributes:
+      same: The base against itself: 1 is right.
+      planted: The base against itself, slower by `planted_share`.
+    """
+
+    same: Interval
+    planted: Interval
+    planted_share: float
+
+    @property
+    def complaint(self) -> str:
+        """Why nothing can be said after these controls; empty if they passed."""
+        if self.same.excludes(1.0):
+            return f"control failed: the base against itself gave {_shown(self.same)}"
+        if self.planted.excludes(1 + self.planted_share):
+            return f"control failed: {self.planted_share:.0%} planted, {_shown(self.planted)} found"
+        return ""
+
+
+def read_controls(stored: Mapping[str, Any]) -> Controls:
+    """Reads the controls of a measurement."""
+    return Controls(
+        same=paired_ratio(stored["same"], confidence=_CONTROL),
+        planted=paired_ratio(stored["planted"], confidence=_CONTROL),
+        planted_share=stored["planted_share"],
+    )
+
+
+def _paired_verdict(measured: Ratio, stored: Mapping[str, Any]) -> tuple[Verdict, str]:
+    """The verdict of one session; none without its controls."""
+    if complaint := read_controls(stored).complaint:
+        return "inconclusive", complaint
+    interval = f"measured {measured.ratio:.4f} [{measured.low:.4f}, {measured.high:.4f}]"
+    if measured.sign:
+        return ("faster" if measured.sign > 0 else "slower"), interval
+    if measured.low > 1 / _PAIRED_TIE and measured.high < _PAIRED_TIE:
+        return "tie", f"{interval}, within {_PAIRED_TIE - 1:.0%}"
+    return "inconclusive", f"{interval} holds 1"
+
+
+def _shown(interval: Interval) -> str:
+    return f"{interval.value:.4f} [{interval.low:.4f}, {interval.high:.4f}]"
 
 
 def best_records(records: Iterable[Record]) -> list[Record]:
@@ -212,6 +274,11 @@ def compare_pair(records: Iterable[Record], first: str, second: str) -> list[Com
         for found in by_target.values()
         if first in found and second in found
     ]
+
+
+def compare_to_first(records: Sequence[Record]) -> list[Comparison]:
+    """Compares the first record with each of the others."""
+    return [compare_records(records[0], record) for record in records[1:]]
 
 
 def find_flips(comparisons: Iterable[Comparison]) -> list[Flip]:

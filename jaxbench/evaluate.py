@@ -38,7 +38,6 @@ from jaxbench.executable import (
     load_executables,
 )
 from jaxbench.layout import parse_layout
-from jaxbench.stats import median_s
 from jaxbench.target import Target, chip_table, parse_target
 from jaxbench.worker import failure_of
 
@@ -70,28 +69,24 @@ def evaluate(
       target: Target name.
       options: Compiler options of the target.
       cpu_peaks: From `measure_peaks`, needed on CPU targets.
-      keep: Also keep the executables in the cache, for `time_step`.
+      keep: Also keep the executables in the cache, for `open_stepper`.
     """
     asked = dataclasses.replace(parse_target(target), options=options)
     line = _Line(described, layout, asked, cpu_peaks)
     return line.run(lambda: line.price(keep=keep))
 
 
-def time_step(
-    *,
-    described: Mapping[str, Any],
-    layout: str,
-    target: str,
-    cpu_peaks: Mapping[str, float] | None = None,
-    measure_s: float,
-) -> dict[str, Any]:
-    """Evaluates one request as `evaluate` does, and times its step on the attached device.
+def open_stepper(*, described: Mapping[str, Any], layout: str, target: str, seed: int = 0) -> Any:
+    """Returns a `Stepper` of one request, from executables that `evaluate` kept or makes now.
 
-    Args:
-      measure_s: Seconds to spend on timing.
+    Raises:
+      MeasureError: with the stage that failed.
     """
-    line = _Line(described, layout, parse_target(target), cpu_peaks)
-    return line.run(lambda: line.measure(measure_s))
+    line = _Line(described, layout, parse_target(target), None)
+    try:
+        return line.open_stepper(seed)
+    except _StageError as error:
+        raise MeasureError(f"{error.failure.stage}: {error.failure.text}") from error
 
 
 class _StageError(Exception):
@@ -308,11 +303,11 @@ class _Line:
         if self.target.kind == "cpu" and needed > free:
             raise DoesNotFitError(needed, free)
 
-    def measure(self, measure_s: float) -> None:
-        """Prices as elsewhere and times the step, with executables kept or made now."""
-        from jaxbench.measure import measure_step
+    def open_stepper(self, seed: int) -> Any:
+        """Makes state and batch on the attached device, for a step compiled there."""
+        from jaxbench.stepper import Stepper
 
-        self.price(keep=True)
+        self._compile_to_run()
         with _Stage("fit", self.timings):
             self._check_host_memory()
         with _Stage("load", self.timings):
@@ -323,15 +318,8 @@ class _Line:
             raise _StageError(
                 Failure(stage="load", error="CacheError", text="Executables are gone. Run again.")
             )
-        step, init = executables
         with _Stage("measure", self.timings):
-            measurement = measure_step(step, init, budget_s=measure_s)
-            if median_s(measurement.samples_s) <= 0:
-                raise MeasureError(
-                    "The median slope is not positive: the machine is too busy. Measure again."
-                )
-        self.values["measurement"] = dataclasses.asdict(measurement)
-        self._set_samples_per_s(median_s(measurement.samples_s), "measurement")
+            return Stepper(*executables, seed=seed)
 
 
 def _cost_values(cost: Any) -> dict[str, Any]:

@@ -1,157 +1,285 @@
-"""Timing steps on an attached device. Runs in a worker that loads no other compiler.
+"""Timing candidates against each other on one device: the protocol and its raw times.
 
-Protocol `chain-slope-1`: after warm-up, chains of K steps are run on donated state with one block
-at the end; the slope between a short and a long chain is one sample, so that dispatch and other
-constant parts cancel. Each candidate runs alone, in a process of its own; candidates are not
-interleaved, so drift of the machine between two of them is not cancelled.
+Protocol `paired-rounds-1`. Every candidate lives in a process of its own and runs chains of steps
+on donated state. A round lets each of them run one chain, in random order, and then one more in the
+opposite order, so that drift of the machine cancels within the round; every fourth round begins
+with chains of one step, so that what every chain costs whatever its length cancels too. The first
+candidate is timed against itself, a control that must show nothing, and against itself with a
+planted slow-down, one that must show it. A session ends when the interval of every ratio is narrow
+enough, or at its budget.
 """
 
 from __future__ import annotations
 
-import os
-import platform
+import math
+import random
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
 
-from jaxbench.errors import MeasureError
+import numpy as np
 
-PROTOCOL = "chain-slope-1"
-_SHORT = 1
-_LONG_CHAIN_S = 0.25
-_MIN_SAMPLES = 5
+from jaxbench.errors import Failure
+from jaxbench.paired import round_ratios
+from jaxbench.stats import change_point, paired_ratio
+from jaxbench.stepper import Chain, Probe
+
+PROTOCOL = "paired-rounds-1"
+PLANTED_SHARE = 0.02
+
+_CHAIN_S = 0.06
+_MOST_STEPS = 4096
+_SHORT_EVERY = 4  # rounds
+_LEAST_ROUNDS = 8
+_CHECK_S = 1.0  # between two looks at the intervals
+_WARM_CHAIN_S = 0.01
+_LEAST_WARM, _MOST_WARM = 6, 40  # chains
+_WARM_SHARE = 0.1  # of the budget, for all
+_SETTLED = 1.03  # a change of level below this is no warm-up
+_CLOCK_SLACK_S, _CLOCK_SLACK = 0.05, 0.05
+
+Ended = Literal["precise", "budget", "interrupted", "failed"]
+Row = tuple[int, int, float, float, float]
+Energy = Callable[[], Mapping[str, float]]
+
+
+class Stepping(Protocol):
+    """What the protocol asks of a candidate: `Stepper`'s methods, or a `Failure`."""
+
+    def chain(self, *, steps: int, extra_share: float = 0.0) -> Chain | Failure: ...
+
+    def probe(self) -> Probe | Failure: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Slot:
+    """One competitor of a session, and what it gave so far.
+
+    Attributes:
+      extra_share: Planted slow-down.
+      steps: Of its long chains.
+      warm_up: The chains before it settled; the first holds one step.
+      settled: Whether its level stood still before the rounds began.
+      rows: (round, steps, seconds, dispatch_s, cpu_s) of the rounds' chains.
+      page_faults, page_loads: Of all chains in the rounds.
+      resident_bytes: (at the first chain of the rounds, at the last).
+      dropped: Chains during which a clock was set.
+      joules: Energy of the long chains, by counter.
+    """
+
+    name: str
+    stepper: Stepping
+    extra_share: float = 0.0
+    steps: int = 2
+    warm_up: list[Chain] = field(default_factory=list)
+    settled: bool = False
+    rows: list[Row] = field(default_factory=list)
+    page_faults: int = 0
+    page_loads: int = 0
+    resident_bytes: tuple[int, int] = (0, 0)
+    dropped: int = 0
+    joules: dict[str, float] = field(default_factory=dict)
+    failure: Failure | None = None
+
+    def run(self, number: int, steps: int, energy: Energy) -> None:
+        """Runs one chain in round `number` and keeps what it took, or how it failed."""
+        if self.failure:
+            return
+        before = energy()
+        given = self.stepper.chain(steps=steps, extra_share=self.extra_share)
+        if isinstance(given, Failure):
+            self.failure = given
+        elif is_clock_set(given):
+            self.dropped += 1
+        else:
+            times = (round(t, 7) for t in (given.seconds, given.dispatch_s, given.cpu_s))
+            self.rows.append((number, steps, *times))  # pyright: ignore[reportArgumentType]
+            self.page_faults += given.page_faults
+            self.page_loads += given.page_loads
+            first = self.resident_bytes[0] or given.resident_bytes
+            self.resident_bytes = (first, given.resident_bytes)
+            if steps > 1:
+                self._add_energy(before, energy())
+
+    def _add_energy(self, before: Mapping[str, float], after: Mapping[str, float]) -> None:
+        for name in before.keys() & after.keys():
+            spent = after[name] - before[name]
+            self.joules[name] = self.joules.get(name, 0.0) + max(spent, 0.0)  # counters wrap
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Measurement:
-    """Raw times of one candidate on one device.
+class Session:
+    """What a session measured.
 
     Attributes:
-      samples_s: Seconds a step, one slope each, in the order in which they were taken.
-      chains: (steps, seconds) of every chain behind them.
-      first_step_s: The first call, which allocates and fills caches.
-      doubts: What makes the samples questionable, in words.
+      candidates: The first of them is the base.
+      same: The base once more. planted: The base, slower by `PLANTED_SHARE`.
+      probes: One every few rounds, from the base's process.
+      wall_s: From the first warm-up to the end.
     """
 
-    samples_s: tuple[float, ...]
-    chains: tuple[tuple[int, float], ...]
-    first_step_s: float
-    final_loss: float
-    device: str
-    doubts: tuple[str, ...]
-    protocol: str = PROTOCOL
+    candidates: tuple[Slot, ...]
+    same: Slot
+    planted: Slot
+    probes: tuple[Probe, ...]
+    ended: Ended
+    wall_s: float
+
+    @property
+    def timed_s(self) -> float:
+        """Seconds spent in timed chains."""
+        slots = (*self.candidates, self.same, self.planted)
+        return sum(row[2] for slot in slots for row in slot.rows)
 
 
-def measure_step(
-    executable: Callable,
-    init: Callable,
+def measure_session(
+    candidates: Sequence[tuple[str, Stepping]],
+    control: Stepping,
     *,
     budget_s: float,
-    clock: Callable[[], float] = time.perf_counter,
-) -> Measurement:
-    """Times a compiled step on the default device.
+    precision: float,
+    seed: int | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    energy: Energy = dict,
+    progress: Callable[[float], None] = lambda spent_s: None,
+) -> Session:
+    """Times candidates against the first of them.
 
     Args:
-      executable: `executable(state, batch)` gives (state, loss), or the loss alone for a forward
-        pass.
-      init: Makes (state, batch) from a key, where the executable expects them.
-      budget_s: Seconds to spend on chains; at least five samples are taken however long they last.
+      candidates: Names and steppers; the first is the base.
+      control: The base's program once more, for the two controls.
+      budget_s: Wall seconds from the first warm-up on; eight rounds are done however long they
+        last.
+      precision: Half the width of the ratios' 95 % intervals at which it may end before.
+      seed: Of the order.
+      energy: Joules by counter, where there are any.
+      progress: Told the seconds spent, now and then.
 
-    Raises:
-      MeasureError: if the loss is not finite.
+    Ctrl-C ends the session; what was measured is returned, with `ended` saying so.
     """
-    import jax
-
-    state, batch = jax.block_until_ready(init(jax.random.key(0)))
-    run = _Chain(executable, state, batch, clock)
-    first_step_s = run(1)
-    run(2)
-    step_s = max(run(2) / 2, 1e-9)
-    long = _SHORT + max(2, min(256, round(_LONG_CHAIN_S / step_s)))
-    samples, chains = [], []
-    start = clock()
-    while len(samples) < _MIN_SAMPLES or clock() - start < budget_s:
-        pair = [(steps, run(steps)) for steps in (_SHORT, long)]
-        samples.append((pair[1][1] - pair[0][1]) / (long - _SHORT))
-        chains += pair
-    return Measurement(
-        samples_s=tuple(samples),
-        chains=tuple(chains),
-        first_step_s=first_step_s,
-        final_loss=run.check_loss(),
-        device=f"{jax.devices()[0].device_kind}, {platform.machine()}, {os.cpu_count()} cores",
-        doubts=_doubts(samples),
+    slots = [Slot(name=name, stepper=stepper) for name, stepper in candidates]
+    same = Slot(name="same", stepper=control)
+    planted = Slot(name="planted", stepper=control, extra_share=PLANTED_SHARE)
+    everyone = (*slots, same, planted)
+    started, probes = clock(), []
+    ended: Ended = "budget"
+    try:
+        for slot in (*slots, same):
+            _warm_up(slot, budget_s * _WARM_SHARE / len(everyone))
+        planted.settled, planted.failure = same.settled, same.failure
+        same.steps = planted.steps = slots[0].steps
+        order = random.Random(seed)
+        for _ in _rounds(everyone, probes, order, energy, until=started + budget_s, clock=clock):
+            progress(clock() - started)
+            if _is_precise(everyone, precision):
+                ended = "precise"
+                break
+        if slots[0].failure or all(slot.failure for slot in everyone[1:]):
+            ended = "failed"
+    except KeyboardInterrupt:
+        ended = "interrupted"
+    return Session(
+        candidates=tuple(slots),
+        same=same,
+        planted=planted,
+        probes=tuple(probes),
+        ended=ended,
+        wall_s=clock() - started,
     )
 
 
-class _Chain:
-    """Runs chains of steps on one donated state."""
-
-    def __init__(self, executable: Callable, state: Any, batch: Any, clock: Callable[[], float]):
-        self.executable, self.state, self.batch, self.clock = executable, state, batch, clock
-        self.loss: Any = None
-
-    def __call__(self, steps: int) -> float:
-        import jax
-
-        start = self.clock()
-        for _ in range(steps):
-            out = self.executable(self.state, self.batch)
-            if isinstance(out, tuple):
-                self.state, self.loss = out
-            else:
-                self.loss = out
-        jax.block_until_ready((self.state, self.loss))
-        return self.clock() - start
-
-    def check_loss(self) -> float:
-        """Returns the last loss; a network that no longer computes numbers is not to be timed."""
-        value = float(self.loss)
-        if value != value or value in (float("inf"), float("-inf")):
-            raise MeasureError(
-                f"Loss is {value} after the timed steps: the step does not train. "
-                "Lower the learning rate, or check the loss."
-            )
-        return value
+# --- Warm-up --------------------------------------------------------------------------------------
 
 
-def _doubts(samples: list[float]) -> tuple[str, ...]:
-    ordered = sorted(samples)
-    middle = ordered[len(ordered) // 2]
-    quarter = len(ordered) // 4
-    spread = (ordered[-1 - quarter] - ordered[quarter]) / middle if middle > 0 else 0.0
-    found = []
-    if ordered[0] <= 0:
-        found.append("a slope is not positive: the step is too short for this clock and load")
-    if spread > 0.10:
-        found.append(
-            f"half of the samples spread over {spread:.0%} of the median: the machine is busy"
-        )
-    return tuple(found)
+def _warm_up(slot: Slot, budget_s: float) -> None:
+    """Runs chains until their level stands still, and sets the length of the rounds' chains."""
+    steps, spent_s = 1, 0.0
+    while len(slot.warm_up) < _MOST_WARM and not slot.settled:
+        given = slot.stepper.chain(steps=steps)
+        if isinstance(given, Failure):
+            slot.failure = given
+            return
+        slot.warm_up.append(given)
+        spent_s += given.seconds
+        if len(slot.warm_up) == 2:
+            steps = max(1, min(_MOST_STEPS, round(_WARM_CHAIN_S / max(given.seconds, 1e-9))))
+        slot.settled = is_settled([_step_s(chain) for chain in slot.warm_up])
+        if spent_s > budget_s and len(slot.warm_up) > 2:
+            break
+    step_s = float(np.median([_step_s(chain) for chain in slot.warm_up[len(slot.warm_up) // 2 :]]))
+    slot.steps = max(2, min(_MOST_STEPS, round(_CHAIN_S / step_s)))
 
 
-def measure_peaks() -> dict[str, float]:
-    """Measures this machine's CPU: product FLOP/s by dtype and copy bytes/s, best of several.
+def is_settled(steps_s: Sequence[float]) -> bool:
+    """Whether the last change of level lies behind, in the first half of what was seen."""
+    if len(steps_s) < _LEAST_WARM:
+        return False
+    tail = steps_s[len(steps_s) // 2 :]
+    _, factor = change_point(tail, least=max(1, len(tail) // 3))
+    return 1 / _SETTLED < factor < _SETTLED
 
-    Products are 1024^3; the copy reads and writes 128 MiB.
-    """
-    import jax
-    import jax.numpy as jnp
 
-    def best_s(function: Callable, *arguments: Any) -> float:
-        compiled = jax.jit(function).lower(*arguments).compile()
-        times = []
-        for _ in range(6):
-            start = time.perf_counter()
-            jax.block_until_ready(compiled(*arguments))
-            times.append(time.perf_counter() - start)
-        return min(times)
+def _step_s(chain: Chain) -> float:
+    return max(chain.seconds / chain.steps, 1e-9)
 
-    size = 1024
-    peaks = {
-        dtype: 2 * size**3 / best_s(jnp.matmul, *(jnp.ones((size, size), dtype),) * 2)
-        for dtype in ("float32", "bfloat16")
-    }
-    buffer = jnp.ones(2**25, jnp.float32)
-    return {**peaks, "bytes_per_s": 2 * buffer.nbytes / best_s(lambda x: x + 1.0, buffer)}
+
+# --- Rounds ---------------------------------------------------------------------------------------
+
+
+def _rounds(
+    slots: Sequence[Slot],
+    probes: list[Probe],
+    generator: random.Random,
+    energy: Energy,
+    *,
+    until: float,
+    clock: Callable[[], float],
+) -> Iterator[None]:
+    """Does rounds until the budget is spent; yields when it is time to look at the intervals."""
+    number, looked = 0, clock()
+    while not slots[0].failure:
+        live = [slot for slot in slots if not slot.failure]
+        if len(live) < 2:
+            return
+        _round(number, generator.sample(live, len(live)), slots[0], probes, energy)
+        number += 1
+        if number < _LEAST_ROUNDS:
+            continue
+        if clock() >= until:
+            return
+        if clock() - looked >= _CHECK_S:
+            yield
+            looked = clock()
+
+
+def _round(
+    number: int, order: Sequence[Slot], base: Slot, probes: list[Probe], energy: Energy
+) -> None:
+    if number % _SHORT_EVERY == 0:
+        probe = base.stepper.probe()
+        if isinstance(probe, Failure):
+            base.failure = probe
+            return
+        probes.append(probe)
+        for slot in order:
+            slot.run(number, 1, energy)
+    for slot in (*order, *reversed(order)):
+        slot.run(number, slot.steps, energy)
+
+
+def is_clock_set(chain: Chain) -> bool:
+    """Whether two clocks disagree about a chain, or one of them stood still or ran backwards."""
+    apart_s = abs(chain.calendar_s - chain.seconds)
+    return chain.seconds <= 0 or apart_s > _CLOCK_SLACK_S + _CLOCK_SLACK * chain.seconds
+
+
+def _is_precise(slots: Sequence[Slot], precision: float) -> bool:
+    """Whether the ratios of all that still run to the base are known well enough."""
+    base, *others = (slot for slot in slots if not slot.failure)
+    return all(_half_width(round_ratios(base.rows, slot.rows)) <= precision for slot in others)
+
+
+def _half_width(ratios: Sequence[float]) -> float:
+    interval = paired_ratio(ratios, resamples=400)
+    return math.log(interval.high / interval.low) / 2 if interval.low else math.inf

@@ -58,8 +58,13 @@ class Record:
 
     @property
     def is_lost(self) -> bool:
-        """Whether a worker ended without saying anything: the next run tries again."""
-        return self.failure is not None and self.failure["stage"] == "worker"
+        """Whether a worker ended without saying anything, or timing was broken off.
+
+        The next run tries again.
+        """
+        if self.failure is not None and self.failure["stage"] == "worker":
+            return True
+        return self.measurement is not None and self.measurement.get("ended") == "interrupted"
 
     def to_json(self) -> dict[str, Any]:
         """Returns the record as one JSON-ready dict, every key present."""

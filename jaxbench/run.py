@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from jaxbench.errors import CandidateError, Failure, LayoutError, UsageError
 from jaxbench.layout import parse_layout, resolve_layout
 from jaxbench.machine import processor
 from jaxbench.record import Record, append_record, read_records, record_id
+from jaxbench.session import Timed, time_together
+from jaxbench.stats import median_s
 from jaxbench.suite import DEFAULT_TARGETS, Part, Suite, load_suite, suite_names
 from jaxbench.target import Target, missing_compiler, parse_target
 from jaxbench.worker import Job, call_in_worker, run_jobs
@@ -29,12 +32,20 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What one worker may take, and how many run side by side."""
+    """What one worker may take, how many run side by side, and how long is timed.
+
+    Attributes:
+      measure_s: Wall seconds of timing, for each candidate and control of a session.
+      budget_s: Of a whole session, in place of that.
+      precision: Half the width of a ratio's interval at which a session ends before.
+    """
 
     num_workers: int = 2
     limit_s: float = 1800.0
     limit_bytes: int = 12 * 2**30
     measure_s: float = 3.0
+    budget_s: float | None = None
+    precision: float = 0.005
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -64,6 +75,7 @@ def run_named(
     measure: bool,
     limits: Limits,
     progress: Progress,
+    together: bool = False,
 ) -> list[Record]:
     """Runs suites, files and candidates by name, and returns the records of all that was asked.
 
@@ -73,6 +85,7 @@ def run_named(
       targets: In place of the suites' own, or of the default ones.
       layout: In place of the suites' own, or of `data`.
       measure: Also time steps on attached targets, where a suite does not say so itself.
+      together: Time all candidates in one session, the first named as its base; else rivals are.
 
     Raises:
       UsageError: if something named does not exist or cannot be.
@@ -109,7 +122,7 @@ def run_named(
         described,
         measure=measure,
     )
-    run(requests, out, limits, progress)
+    run(requests, out, limits, progress, together=together)
     ids = {request.id for request in requests}
     return [record for record in read_records(out) if record.id in ids]
 
@@ -215,7 +228,12 @@ def _resolved(layout: Any, target: Target) -> str:
 
 
 def run(
-    requests: Sequence[Request], out: Path, limits: Limits, progress: Progress
+    requests: Sequence[Request],
+    out: Path,
+    limits: Limits,
+    progress: Progress,
+    *,
+    together: bool = False,
 ) -> tuple[int, int]:
     """Makes the records that are missing in `out`, target by target.
 
@@ -234,23 +252,77 @@ def run(
     order = {request.target.name: index for index, request in reversed(list(enumerate(requests)))}
     missing.sort(key=lambda request: order[request.target.name])
     num_jobs = len(missing) + sum(request.measured for request in missing)
-    done = 0
-    to_time, compile_timings = [], {}
+    done, priced = 0, {}
     for request, result in _run(missing, _evaluate_job, peaks, limits):
         done += 1
         if request.measured and not _failed(result):
-            to_time.append(request)
-            compile_timings[request.id] = result["timings"]
+            priced[request.id] = result
         else:
             append_record(out, _record(request, result))
         progress(_title(request), done, num_jobs)
-    for request, result in _run(to_time, _time_job, peaks, limits):
-        done += 1
-        if not isinstance(result, Failure):
-            result["timings"] = _sum_timings(compile_timings[request.id], result["timings"])
-        append_record(out, _record(request, result))
-        progress(f"{_title(request)}, timed", done, num_jobs)
+    to_time = [request for request in missing if request.id in priced]
+    for group in _sessions(to_time, together=together):
+        _time(group, priced, out, limits, lambda what, at=done: progress(what, at, num_jobs))
+        done += len(group)
+        progress("timed", done, num_jobs)
     return len(missing), already
+
+
+def _sessions(requests: Sequence[Request], *, together: bool) -> list[list[Request]]:
+    """Groups requests that are timed against each other, each group's base first."""
+    groups: dict[tuple[str, ...], list[Request]] = {}
+    for request in requests:
+        rivals = "" if together else request.described["base"]
+        groups.setdefault((request.target.name, request.layout, rivals), []).append(request)
+    if not together:
+        for group in groups.values():
+            group.sort(key=lambda one: one.described["name"] != one.described["base"])
+    return list(groups.values())
+
+
+def _time(
+    group: Sequence[Request],
+    priced: Mapping[str, dict[str, Any]],
+    out: Path,
+    limits: Limits,
+    progress: Callable[[str], None],
+) -> None:
+    """Times one session and records it, also if Ctrl-C ends it.
+
+    Raises:
+      KeyboardInterrupt: after the records of a session that it ended.
+    """
+    names = " and ".join(request.described["name"] for request in group)
+    budget_s = limits.budget_s or limits.measure_s * (len(group) + 2)
+    started = time.monotonic()
+    timed, interrupted = time_together(
+        [_stepper_job(request, limits) for request in group],
+        budget_s=budget_s,
+        precision=limits.precision,
+        progress=lambda spent_s: progress(f"timing {names}: {spent_s:.0f} of {budget_s:.0f} s"),
+    )
+    share_s = (time.monotonic() - started) / len(group)
+    for request, given in zip(group, timed, strict=True):
+        append_record(out, _record(request, _measured(request, priced[request.id], given, share_s)))
+    if interrupted:
+        raise KeyboardInterrupt
+
+
+def _measured(
+    request: Request, result: dict[str, Any], timed: Timed, share_s: float
+) -> dict[str, Any]:
+    """Adds what was timed to what was priced."""
+    timings = dict(result["timings"])
+    timings["measure_s"] = timings.get("measure_s", 0.0) + share_s
+    timings["worker_s"] = timings.get("worker_s", 0.0) + share_s
+    result = {**result, "timings": timings, "measurement": timed.measurement}
+    if timed.failure:
+        result["failure"] = timed.failure.to_json()
+    elif timed.measurement:
+        step_s = median_s(timed.measurement["samples_s"])
+        result["samples_per_s"] = request.described["workload"]["global_batch"] / step_s
+        result["samples_per_s_from"] = "measurement"
+    return result
 
 
 def _run(
@@ -263,11 +335,6 @@ def _run(
     of_job = {id(job): request for job, request in zip(jobs, requests, strict=True)}
     for job, result in run_jobs(jobs, num_workers=limits.num_workers):
         yield of_job[id(job)], result
-
-
-def _sum_timings(first: Mapping[str, float], second: Mapping[str, float]) -> dict[str, float]:
-    names = dict.fromkeys([*first, *second])
-    return {name: first.get(name, 0.0) + second.get(name, 0.0) for name in names}
 
 
 def _failed(result: Any) -> bool:
@@ -287,9 +354,15 @@ def _evaluate_job(request: Request, peaks: Any, limits: Limits) -> Job:
     return _job(request, "jaxbench.evaluate:evaluate", arguments, limits)
 
 
-def _time_job(request: Request, peaks: Any, limits: Limits) -> Job:
-    arguments = {**_arguments(request, peaks), "measure_s": limits.measure_s}
-    return _job(request, "jaxbench.evaluate:time_step", arguments, limits, alone=True)
+def _stepper_job(request: Request, limits: Limits) -> Job:
+    arguments = {
+        "described": dict(request.described),
+        "layout": request.layout,
+        "target": request.target.name,
+    }
+    name = request.described["name"]
+    job = _job(request, "jaxbench.evaluate:open_stepper", arguments, limits)
+    return dataclasses.replace(job, name=name)
 
 
 def _arguments(request: Request, peaks: Any) -> dict[str, Any]:
@@ -301,16 +374,13 @@ def _arguments(request: Request, peaks: Any) -> dict[str, Any]:
     }
 
 
-def _job(
-    request: Request, function: str, arguments: dict[str, Any], limits: Limits, alone: bool = False
-) -> Job:
+def _job(request: Request, function: str, arguments: dict[str, Any], limits: Limits) -> Job:
     return Job(
         name=_title(request),
         function=function,
         arguments=arguments,
         limit_s=limits.limit_s,
         limit_bytes=limits.limit_bytes,
-        alone=alone,
     )
 
 
@@ -323,7 +393,7 @@ def _cpu_peaks(requests: Sequence[Request]) -> dict[str, float] | None:
     )
     known = cache.read_entry("peaks", key)
     if known is None:
-        peaks = call_in_worker("jaxbench.measure:measure_peaks")
+        peaks = call_in_worker("jaxbench.peaks:measure_peaks")
         cache.write_entry("peaks", key, json.dumps(peaks).encode())
         return peaks
     return json.loads(known)

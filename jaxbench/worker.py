@@ -16,12 +16,12 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import psutil
 
@@ -98,20 +98,96 @@ def call_in_worker(function: str, **arguments: Any) -> Any:
     return result
 
 
+class Conversation:
+    """A worker that keeps one object, which the job's function makes, and is asked for its methods.
+
+    A method that raises gives a `Failure`, and the object lives on. When the process has ended, or
+    has been ended for a limit, every answer is the failure that says how.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._entry = _start(job, _converse)
+        self._over: Failure | None = None
+        self.pid: int = self._entry.process.pid
+        self._made = False
+        self._is_behind = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def wait_ready(self) -> Failure | None:
+        """Waits for the object; returns what kept it from being made."""
+        if self._made or self._over:
+            return self._over
+        made = self._receive(self._entry.job.limit_s)
+        self._made = True
+        if isinstance(made, Failure):
+            self._end(made)
+        return self._over
+
+    def ask(self, method: str, *, limit_s: float | None = None, **arguments: Any) -> Any:
+        """Calls a method of the object and returns what it gives, or a `Failure`."""
+        if self.wait_ready():
+            return self._over
+        limit_s = limit_s or self._entry.job.limit_s
+        if self._is_behind:  # Ctrl-C came while the last answer was awaited
+            self._receive(limit_s)
+        try:
+            self._entry.receiver.send((method, arguments))
+        except OSError:
+            return self._end(_ended(self._entry))
+        self._is_behind = True
+        answer = self._receive(limit_s)
+        self._is_behind = False
+        return answer
+
+    def close(self) -> None:
+        """Ends the worker."""
+        if self._over is None:
+            self._end(Failure(stage="worker", error="Closed", text="the worker was ended"))
+            self._entry.log.unlink(missing_ok=True)
+
+    def _receive(self, limit_s: float) -> Any:
+        entry, started = self._entry, time.monotonic()
+        while not entry.receiver.poll(_POLL_S):
+            if not entry.process.is_alive() and not entry.receiver.poll():
+                return self._end(_ended(entry))
+            if time.monotonic() - started > limit_s:
+                return self._end(_timeout(entry, limit_s))
+            if _is_too_large(entry):
+                return self._end(_memory_limit(entry))
+        try:
+            answer = entry.receiver.recv()
+        except (EOFError, OSError):
+            return self._end(_ended(entry))
+        return self._end(_memory_limit(entry)) if _is_too_large(entry) else answer
+
+    def _end(self, failure: Failure) -> Failure:
+        self._over = failure
+        _kill(self._entry)
+        return failure
+
+
 def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["jaxbench.preload"])
     return context
 
 
-def _start(job: Job) -> _Running:
+def _start(job: Job, life: Callable[..., None] | None = None) -> _Running:
+    """Starts a worker that lives `life`; its connection goes both ways."""
     os.environ.update(ENVIRONMENT)
     context = _context()
-    receiver, sender = context.Pipe(duplex=False)
+    receiver, sender = context.Pipe()
     log = cache_dir() / "logs" / f"{os.getpid()}-{time.time_ns()}.log"
     with storage_errors(log):
         log.parent.mkdir(parents=True, exist_ok=True)
-    process = context.Process(target=_work, args=(job, sender, str(log), os.getpid()), daemon=True)
+    process = context.Process(
+        target=life or _work, args=(job, sender, str(log), os.getpid()), daemon=True
+    )
     with _no_main_module(), _interrupts_later():
         process.start()
     sender.close()
@@ -144,6 +220,27 @@ def _interrupts_later() -> Iterator[None]:
 
 def _work(job: Job, sender: Connection, log: str, parent: int) -> None:
     """The worker's whole life."""
+    _settle(log, parent)
+    _answer(sender, lambda: _function(job)(**job.arguments))
+    sender.close()
+    # Compiler libraries crash in their destructors now and then; the result is already sent.
+    os._exit(0)
+
+
+def _converse(job: Job, connection: Connection, log: str, parent: int) -> None:
+    """The life of a worker that keeps one object and is asked for its methods."""
+    _settle(log, parent)
+    kept: list[Any] = []
+    _answer(connection, lambda: kept.append(_function(job)(**job.arguments)), "measure")
+    with contextlib.suppress(EOFError, OSError):
+        while kept:
+            method, arguments = connection.recv()
+            _answer(connection, lambda: getattr(kept[0], method)(**arguments), "measure")  # noqa: B023
+    os._exit(0)
+
+
+def _settle(log: str, parent: int) -> None:
+    """Makes the worker's process end with its parent and say what it has to say into its log."""
     os.setpgid(0, 0)
     # The fork server ends when the last holder of this pipe does. Each worker inherits it: with it
     # open, workers would keep the server, and so themselves, alive after the user's process dies.
@@ -156,17 +253,22 @@ def _work(job: Job, sender: Connection, log: str, parent: int) -> None:
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
+
+
+def _function(job: Job) -> Callable[..., Any]:
     module, _, name = job.function.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _answer(connection: Connection, call: Callable[[], Any], stage: str = "worker") -> None:
+    """Sends what a call gives, or the failure that it ends in."""
     try:
-        sender.send(getattr(importlib.import_module(module), name)(**job.arguments))
+        connection.send(call())
     except BaseException as error:  # noqa: BLE001 - whatever ends a job becomes its record
         import traceback
 
         traceback.print_exc()
-        sender.send(failure_of(error, stage="worker"))
-    sender.close()
-    # Compiler libraries crash in their destructors now and then; the result is already sent.
-    os._exit(0)
+        connection.send(failure_of(error, stage=stage))
 
 
 def failure_of(error: BaseException, *, stage: str) -> Failure:
@@ -195,15 +297,10 @@ def _poll(entry: _Running) -> tuple[bool, Any]:
         return (True, _ended(entry)) if not entry.receiver.poll() else (False, None)
     if time.monotonic() - entry.started > limit:
         _kill(entry)
-        return True, _failure(
-            "Timeout", f"stopped after {limit:.0f} s, the time limit; raise --limit-s", entry
-        )
+        return True, _timeout(entry, limit)
     if _is_too_large(entry):
         _kill(entry)
-        gib = entry.job.limit_bytes / 2**30
-        return True, _failure(
-            "MemoryLimit", f"stopped at {gib:.1f} GiB, the memory limit; raise --limit-gib", entry
-        )
+        return True, _memory_limit(entry)
     return False, None
 
 
@@ -217,6 +314,17 @@ def _ended(entry: _Running) -> Failure:
         hint = " (the system ran out of memory, or somebody killed it)" if name == "SIGKILL" else ""
         return _failure("Crash", f"worker ended with {name}{hint}", entry)
     return _failure("Crash", f"worker ended with exit code {code} and no result", entry)
+
+
+def _timeout(entry: _Running, limit_s: float) -> Failure:
+    text = f"stopped after {limit_s:.0f} s, the time limit; raise --limit-s"
+    return _failure("Timeout", text, entry)
+
+
+def _memory_limit(entry: _Running) -> Failure:
+    gib = entry.job.limit_bytes / 2**30
+    text = f"stopped at {gib:.1f} GiB, the memory limit; raise --limit-gib"
+    return _failure("MemoryLimit", text, entry)
 
 
 def _failure(error: str, text: str, entry: _Running) -> Failure:

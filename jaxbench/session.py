@@ -1,0 +1,140 @@
+"""Candidates timed against each other in processes of their own, as values for their records."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jaxbench.doubts import find_doubts
+from jaxbench.errors import Failure
+from jaxbench.machine import Meter, Usage, describe_environment, read_energy
+from jaxbench.measure import PLANTED_SHARE, PROTOCOL, Session, Slot, measure_session
+from jaxbench.paired import round_ratios, step_samples_s
+from jaxbench.stepper import Chain, Probe
+from jaxbench.worker import Conversation, Job
+
+_CHAIN_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Timed:
+    """What a session gave of one candidate; a failure may stand beside what came before it."""
+
+    measurement: dict[str, Any] | None
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    """A stepper in another process."""
+
+    conversation: Conversation
+
+    def chain(self, *, steps: int, extra_share: float = 0.0) -> Chain | Failure:
+        return self.conversation.ask(
+            "chain", limit_s=_CHAIN_LIMIT_S, steps=steps, extra_share=extra_share
+        )
+
+    def probe(self) -> Probe | Failure:
+        return self.conversation.ask("probe", limit_s=_CHAIN_LIMIT_S)
+
+
+def time_together(
+    jobs: Sequence[Job],
+    *,
+    budget_s: float,
+    precision: float,
+    progress: Callable[[float], None] = lambda spent_s: None,
+) -> tuple[list[Timed], bool]:
+    """Runs one session; the first job is the base.
+
+    Args:
+      jobs: Each makes a `Stepper`.
+      budget_s: Wall seconds, after the processes have made state and batch.
+      precision: Half the width of the ratios' intervals at which the session may end before.
+
+    Returns:
+      (what each candidate gave, whether Ctrl-C ended the session).
+    """
+    with _conversations([*jobs, jobs[0]]) as opened:
+        *given, control = opened
+        failures = [conversation.wait_ready() for conversation in given]
+        live = [one for one, failure in zip(given, failures, strict=True) if failure is None]
+        missing = [Timed(measurement=None, failure=failure) for failure in failures]
+        if not live:
+            return missing, False
+        if live[0] is not given[0]:  # the base is gone: the next one takes its place
+            control.close()
+            control = Conversation(jobs[given.index(live[0])])
+        control.wait_ready()
+        meter = Meter([one.pid for one in (*live, control)])
+        session = measure_session(
+            [(jobs[given.index(one)].name, _Remote(one)) for one in live],
+            _Remote(control),
+            budget_s=budget_s,
+            precision=precision,
+            energy=lambda: read_energy()[0],
+            progress=progress,
+        )
+        usage, name = meter.read(), secrets.token_hex(8)
+        for slot, one in zip(session.candidates, live, strict=True):
+            values = _values(slot, session, usage, one) if slot.rows else None
+            measurement = None if values is None else {"session": name, **values}
+            missing[given.index(one)] = Timed(measurement=measurement, failure=slot.failure)
+    return missing, session.ended == "interrupted"
+
+
+@contextlib.contextmanager
+def _conversations(jobs: Sequence[Job]) -> Iterator[list[Conversation]]:
+    """Processes side by side, all ended at the end."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(Conversation(job)) for job in jobs]
+
+
+def _values(slot: Slot, session: Session, usage: Usage, one: Conversation) -> dict[str, Any]:
+    """The measurement of one candidate, JSON-ready."""
+    base = session.candidates[0]
+    about = _answer(one.ask("about"))
+    warm_up = [[chain.steps, round(chain.seconds, 7)] for chain in slot.warm_up]
+    return {
+        "protocol": PROTOCOL,
+        "base": base.name,
+        "ended": "failed" if slot.failure else session.ended,
+        "samples_s": step_samples_s(slot.rows),
+        "chains": [list(row) for row in slot.rows],
+        "first_step_s": slot.warm_up[0].seconds,
+        "warm_up": warm_up,
+        "final_loss": _final_loss(one),
+        "environment": describe_environment(about.get("device", "unknown")),
+        "doubts": [doubt.to_json() for doubt in find_doubts(slot, session, usage)],
+        "controls": {
+            "planted_share": PLANTED_SHARE,
+            "same": _rounded(round_ratios(base.rows, session.same.rows)),
+            "planted": _rounded(round_ratios(base.rows, session.planted.rows)),
+        },
+        "yardstick_s": [probe.yardstick_s for probe in session.probes],
+        "memory": {
+            "resident_bytes": slot.resident_bytes[1],
+            "device": _answer(one.ask("device_memory")),
+        },
+        "energy": {"joules": slot.joules, "missing": usage.energy_missing},
+        "usage": {key: value for key, value in asdict(usage).items() if "energy" not in key},
+        "wall_s": session.wall_s,
+        "timed_s": session.timed_s,
+    }
+
+
+def _answer(given: Any) -> Mapping[str, Any]:
+    return {} if isinstance(given, Failure) else given
+
+
+def _final_loss(one: Conversation) -> float | None:
+    loss = one.ask("final_loss")
+    return None if isinstance(loss, Failure) else loss
+
+
+def _rounded(ratios: Sequence[float]) -> list[float]:
+    return [round(ratio, 6) for ratio in ratios]
