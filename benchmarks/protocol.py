@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from jaxbench.compare import read_controls
-from jaxbench.paired import compare_rows
+from jaxbench.measure.paired import compare_rows
+from jaxbench.measure.session import time_together
 from jaxbench.run import describe
-from jaxbench.session import time_together
 from jaxbench.stats import median_ratio
 from jaxbench.worker import Job, call_in_worker
 
@@ -108,12 +108,15 @@ def _by_us(jobs: list[Job], budget_s: float) -> dict[str, Any]:
     """One session: the interval, what the controls say, and where the time went."""
     started = time.monotonic()
     (one, two), _ = time_together(jobs, budget_s=budget_s, precision=0.003)
-    assert one.measurement and two.measurement
+    if not (one.measurement and two.measurement):
+        sys.exit(f"nothing was measured: {one.failure or two.failure}")
     found = compare_rows(one.measurement["chains"], two.measurement["chains"])
     return {
         "interval": [found.value, found.low, found.high],
         "complaint": read_controls(one.measurement["controls"]).complaint,
         "controls": one.measurement["controls"],
+        "samples_s": one.measurement["samples_s"],
+        "yardstick_s": one.measurement["yardstick_s"],
         "timed_s": one.measurement["timed_s"],
         "wall_s": one.measurement["wall_s"],
         "whole_s": time.monotonic() - started,

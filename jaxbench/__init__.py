@@ -22,7 +22,8 @@ A candidate is one network with one workload, written once in Flax NNX:
     )
 
 `jaxbench run my_net.py --targets tpu-v6e:4x4,gpu-h100:8` compiles its whole training step with the
-real compilers, prices the compiled program and predicts the step; on the CPU, `--measure` times it.
+real compilers, prices the compiled program and predicts the step. `jaxbench measure A B` times
+candidates against each other on the attached device.
 
 Candidates with the same `base` are rivals: choices for the same place, held to be equally valid.
 Parameters carry logical axes (`nnx.with_partitioning`), activations may (`constrain`); a layout
@@ -33,8 +34,8 @@ maps them to the mesh:
 Modules carry `@jax.named_scope`, so that the compiled program can be read by module.
 
 The stages, each a file: candidate, layout, target, program, compiler, hlo/, cost, network,
-predict/, measure, record, compare, report/. `evaluate` strings them together in a worker, and
-`run` runs many.
+predict/, measure/, record, compare, gate/, report/. `evaluate` strings those up to the prediction
+together in a worker, and `run` runs many.
 """
 
 from jaxbench.candidate import Candidate, Input, Workload, constrain

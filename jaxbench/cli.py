@@ -136,17 +136,35 @@ def _add_compare(commands: Any) -> None:
     parser = _add(
         commands,
         "compare",
-        "two candidates head to head, by every signal, with a verdict",
+        "two candidates head to head, or two runs before and after a change",
         _compare,
     )
-    parser.add_argument("first", metavar="A")
-    parser.add_argument("second", metavar="B")
+    parser.add_argument("first", nargs="?", metavar="A")
+    parser.add_argument("second", nargs="?", metavar="B")
     parser.add_argument(
         "--from", dest="files", nargs="+", default=[], metavar="FILE", help="files that hold A or B"
     )
     _add_work(parser)
     parser.add_argument(
         "--measure", action="store_true", help="also time both on the targets attached here (cpu)"
+    )
+    gate = parser.add_argument_group("two runs", "records before and after a change, for scripts")
+    gate.add_argument("--baseline", type=Path, metavar="DIR", help="records before")
+    gate.add_argument("--new", type=Path, metavar="DIR", help="records now")
+    gate.add_argument(
+        "--fail-if",
+        default="slower:3%",
+        metavar="RULES",
+        help="exit code 1 if a pair breaks one: slower:3%%,memory:5%%,flops:1%%,failure",
+    )
+    gate.add_argument(
+        "--signal",
+        choices=("auto", "measured", "predicted"),
+        default="auto",
+        help="by which step times (default: measured where both were)",
+    )
+    gate.add_argument(
+        "--markdown", type=Path, metavar="FILE", help="also write a summary for a CI job"
     )
 
 
@@ -352,12 +370,40 @@ def _compare(arguments: argparse.Namespace) -> int:
     from jaxbench.compare import compare_pair
     from jaxbench.report.tables import signal_table, speed_table
 
+    if arguments.baseline or arguments.new:
+        return _gate(arguments)
+    if not (arguments.first and arguments.second):
+        raise UsageError(
+            "compare needs two candidates, A and B, or two runs, --baseline DIR and --new DIR."
+        )
     what = [*arguments.files, arguments.first, arguments.second]
     records = _evaluate(arguments, what, f"{arguments.first}-{arguments.second}")
     comparisons = compare_pair(records, arguments.first, arguments.second)
     tables = [speed_table(records), signal_table(comparisons)]
     _show(arguments, {"values": {"comparisons": comparisons}, "tables": tables})
     return _report_failures(records)
+
+
+def _gate(arguments: argparse.Namespace) -> int:
+    from jaxbench.cache import storage_errors
+    from jaxbench.gate import gate, parse_rules
+    from jaxbench.report.gate import gate_tables, headline, render_summary
+
+    if not (arguments.baseline and arguments.new) or arguments.first:
+        raise UsageError("Two runs are compared by --baseline DIR and --new DIR, without A and B.")
+    result = gate(
+        _read(arguments.baseline),
+        _read(arguments.new),
+        parse_rules(arguments.fail_if),
+        signal=arguments.signal,
+    )
+    if arguments.markdown:
+        with storage_errors(arguments.markdown):
+            arguments.markdown.write_text(render_summary(result), encoding="utf-8")
+    _show(arguments, {"values": result.to_json(), "tables": gate_tables(result)})
+    if result.broken:
+        print(f"jaxbench: {headline(result)}", file=sys.stderr)
+    return 1 if result.broken else 0
 
 
 def _measure(arguments: argparse.Namespace) -> int:

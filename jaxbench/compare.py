@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxbench.paired import compare_rows
+from jaxbench.measure.paired import compare_rows
 from jaxbench.record import Record
 from jaxbench.signals import SIGNAL_ERROR, SIGNALS
 from jaxbench.stats import Interval, median_ratio, median_s, paired_ratio

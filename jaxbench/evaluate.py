@@ -287,6 +287,8 @@ class _Line:
     def _describe_prediction(self, prediction: Any, cost: Any) -> None:
         values = {**dataclasses.asdict(prediction), "terms": dict(prediction.terms)}
         compiler_s = values.pop("compiler_s")
+        if self.cpu_peaks and self.target.kind == "cpu":
+            values["cpu_peaks"] = dict(self.cpu_peaks)
         self.values["prediction"] = values
         if compiler_s is not None:
             self.values["compiler"] = {"cycles": cost.cycles, "step_s": compiler_s}
@@ -305,7 +307,7 @@ class _Line:
 
     def open_stepper(self, seed: int) -> Any:
         """Makes state and batch on the attached device, for a step compiled there."""
-        from jaxbench.stepper import Stepper
+        from jaxbench.measure.stepper import Stepper
 
         self._compile_to_run()
         with _Stage("fit", self.timings):

@@ -20,8 +20,8 @@ from jaxbench.discovery import family_modules
 from jaxbench.errors import CandidateError, Failure, LayoutError, UsageError
 from jaxbench.layout import parse_layout, resolve_layout
 from jaxbench.machine import processor
+from jaxbench.measure.session import Timed, time_together
 from jaxbench.record import Record, append_record, read_records, record_id
-from jaxbench.session import Timed, time_together
 from jaxbench.stats import median_s
 from jaxbench.suite import DEFAULT_TARGETS, Part, Suite, load_suite, suite_names
 from jaxbench.target import Target, missing_compiler, parse_target
@@ -393,7 +393,7 @@ def _cpu_peaks(requests: Sequence[Request]) -> dict[str, float] | None:
     )
     known = cache.read_entry("peaks", key)
     if known is None:
-        peaks = call_in_worker("jaxbench.peaks:measure_peaks")
+        peaks = call_in_worker("jaxbench.measure.peaks:measure_peaks")
         cache.write_entry("peaks", key, json.dumps(peaks).encode())
         return peaks
     return json.loads(known)

@@ -82,8 +82,8 @@ def _widened(size: int, length: int, quantile: float) -> float:
     """By how much a percentile interval of few values is too narrow.
 
     The root of n / (n - 1), and Student's quantile over the normal one, for the degrees of freedom
-    of a trimmed mean or, where there are fewer, of the stretches. Source: Hesterberg, "What Teachers Should Know About the Bootstrap", 2015,
-    section 4.3; Abramowitz and Stegun, 26.7.5.
+    of a trimmed mean or, where there are fewer, of the stretches. Source: Hesterberg, "What
+    Teachers Should Know About the Bootstrap", 2015, section 4.3; Abramowitz and Stegun, 26.7.5.
     """
     freedom = max(min(size - 2 * int(size * _TRIM), size // length) - 1, 1)
     z = NormalDist().inv_cdf(quantile)

@@ -2,11 +2,11 @@
 
 Protocol `paired-rounds-1`. Every candidate lives in a process of its own and runs chains of steps
 on donated state. A round lets each of them run one chain, in random order, and then one more in the
-opposite order, so that drift of the machine cancels within the round; every fourth round begins
+opposite order, so that drift of the machine cancels within the round; every fifth round begins
 with chains of one step, so that what every chain costs whatever its length cancels too. The first
 candidate is timed against itself, a control that must show nothing, and against itself with a
-planted slow-down, one that must show it. A session ends when the interval of every ratio is narrow
-enough, or at its budget.
+planted slow-down, one that must show it; they take turns, a round each. A session ends when the
+interval of every ratio is narrow enough, or at its budget.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Literal, Protocol
 import numpy as np
 
 from jaxbench.errors import Failure
-from jaxbench.paired import round_ratios
+from jaxbench.measure.paired import round_ratios
+from jaxbench.measure.stepper import Chain, Probe
 from jaxbench.stats import change_point, paired_ratio
-from jaxbench.stepper import Chain, Probe
 
 PROTOCOL = "paired-rounds-1"
 PLANTED_SHARE = 0.02
 
 _CHAIN_S = 0.06
 _MOST_STEPS = 4096
-_SHORT_EVERY = 4  # rounds
+_SHORT_EVERY = 5  # rounds; odd, so that both controls meet it
 _LEAST_ROUNDS = 8
 _CHECK_S = 1.0  # between two looks at the intervals
 _WARM_CHAIN_S = 0.01
@@ -151,7 +151,7 @@ def measure_session(
       control: The base's program once more, for the two controls.
       budget_s: Wall seconds from the first warm-up on; eight rounds are done however long they
         last.
-      precision: Half the width of the ratios' 95 % intervals at which it may end before.
+      precision: Half the width of the candidates' 95 % intervals at which it may end before.
       seed: Of the order.
       energy: Joules by counter, where there are any.
       progress: Told the seconds spent, now and then.
@@ -239,7 +239,9 @@ def _rounds(
     """Does rounds until the budget is spent; yields when it is time to look at the intervals."""
     number, looked = 0, clock()
     while not slots[0].failure:
-        live = [slot for slot in slots if not slot.failure]
+        *candidates, same, planted = slots
+        taking_part = (*candidates, planted if number % 2 else same)
+        live = [slot for slot in taking_part if not slot.failure]
         if len(live) < 2:
             return
         _round(number, generator.sample(live, len(live)), slots[0], probes, energy)
@@ -275,9 +277,12 @@ def is_clock_set(chain: Chain) -> bool:
 
 
 def _is_precise(slots: Sequence[Slot], precision: float) -> bool:
-    """Whether the ratios of all that still run to the base are known well enough."""
-    base, *others = (slot for slot in slots if not slot.failure)
-    return all(_half_width(round_ratios(base.rows, slot.rows)) <= precision for slot in others)
+    """Whether the ratios to the base are known well enough: of its rivals, or of the controls."""
+    base, *rivals = slots[:-2]
+    others = [slot for slot in rivals or slots[-2:] if not slot.failure]
+    return bool(others) and all(
+        _half_width(round_ratios(base.rows, slot.rows)) <= precision for slot in others
+    )
 
 
 def _half_width(ratios: Sequence[float]) -> float:

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from jaxbench.machine import Usage
-from jaxbench.measure import Session, Slot
-from jaxbench.paired import step_samples_s
+from jaxbench.measure.paired import step_samples_s
+from jaxbench.measure.protocol import Session, Slot
 from jaxbench.stats import change_point, two_modes
 
 

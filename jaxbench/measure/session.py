@@ -8,12 +8,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from jaxbench.doubts import find_doubts
 from jaxbench.errors import Failure
 from jaxbench.machine import Meter, Usage, describe_environment, read_energy
-from jaxbench.measure import PLANTED_SHARE, PROTOCOL, Session, Slot, measure_session
-from jaxbench.paired import round_ratios, step_samples_s
-from jaxbench.stepper import Chain, Probe
+from jaxbench.measure.doubts import find_doubts
+from jaxbench.measure.paired import round_ratios, step_samples_s
+from jaxbench.measure.protocol import PLANTED_SHARE, PROTOCOL, Session, Slot, measure_session
+from jaxbench.measure.stepper import Chain, Probe
 from jaxbench.worker import Conversation, Job
 
 _CHAIN_LIMIT_S = 600.0
