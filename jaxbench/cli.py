@@ -22,6 +22,8 @@ Candidates are compiled by the real XLA compilers for CPU, TPU and GPU targets t
 there,
 priced from the compiled program, and, on an attached device, timed."""
 
+_PROFILED_S = 10  # of timing before a measured profile
+
 _EXAMPLES = """examples:
   jaxbench run quickstart                           the first table, in two to three minutes
   jaxbench run my_net.py --targets tpu-v6e:4x4      candidates of your own
@@ -48,6 +50,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_run(commands)
     _add_compare(commands)
     _add_measure(commands)
+    _add_calibrate(commands)
     _add_flips(commands)
     _add_validate(commands)
     _add_profile(commands)
@@ -92,6 +95,7 @@ def _add_run(commands: Any) -> None:
     parser.add_argument(
         "--measure", action="store_true", help="also time steps on the targets attached here (cpu)"
     )
+    _add_calibrated(parser)
 
 
 def _add_work(parser: Any) -> None:
@@ -183,12 +187,24 @@ def _add_measure(commands: Any) -> None:
         "--target", default="cpu", metavar="T", help="an attached one (default cpu)"
     )
     parser.add_argument("--layout", help="fsdp, data, or sizes such as data=2,fsdp=8")
+    _add_session(parser)
+    parser.add_argument(
+        "--profile",
+        type=Path,
+        metavar="DIR",
+        help="also profile each, op by op beside the prediction; raw profiles stay in DIR",
+    )
+    _add_calibrated(parser)
+    _add_limits(parser, "folder of records.jsonl (default out/NAMES)")
+
+
+def _add_session(parser: Any, budget_s: int = 60) -> None:
     parser.add_argument(
         "--budget-s",
         type=positive_integer,
-        default=60,
+        default=budget_s,
         metavar="S",
-        help="wall seconds of timing (default 60)",
+        help=f"wall seconds of timing (default {budget_s})",
     )
     parser.add_argument(
         "--precision",
@@ -197,7 +213,33 @@ def _add_measure(commands: Any) -> None:
         metavar="P",
         help="half a ratio's interval at which it ends before (default 0.5%%)",
     )
-    _add_limits(parser, "folder of records.jsonl (default out/NAMES)")
+
+
+def _add_calibrated(parser: Any) -> None:
+    parser.add_argument(
+        "--calibrated",
+        action="store_true",
+        help="correct predictions for this machine by what `jaxbench calibrate` kept",
+    )
+
+
+def _add_calibrate(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "calibrate",
+        "fit op times of this machine, from profiled steps, for --calibrated",
+        _calibrate,
+    )
+    parser.add_argument(
+        "candidates",
+        nargs="*",
+        metavar="CANDIDATE",
+        help="what is profiled; the bases of size cpu if left out",
+    )
+    parser.add_argument(
+        "--from", dest="files", nargs="+", default=[], metavar="FILE", help="files that hold them"
+    )
+    _add_limits(parser, "folder of the profiled steps (default out/calibrate)")
 
 
 def percentage(text: str) -> float:
@@ -240,7 +282,10 @@ def _add_validate(commands: Any) -> None:
 
 def _add_profile(commands: Any) -> None:
     parser = _add(
-        commands, "profile", "the predicted step as a profile for XProf and Perfetto", _profile
+        commands,
+        "profile",
+        "a step for XProf and Perfetto: measured on cpu, predicted elsewhere",
+        _profile,
     )
     parser.add_argument("candidate", metavar="CANDIDATE")
     parser.add_argument("--target", required=True, metavar="T", help="such as tpu-v5p:4x4x4")
@@ -329,9 +374,15 @@ def _limits(arguments: argparse.Namespace) -> Any:
         limit_s=arguments.limit_s,
         limit_bytes=arguments.limit_gib * 2**30,
     )
+    limits = dataclasses.replace(limits, calibrated=getattr(arguments, "calibrated", False))
     if "budget_s" not in arguments:
         return limits
-    return dataclasses.replace(limits, budget_s=arguments.budget_s, precision=arguments.precision)
+    return dataclasses.replace(
+        limits,
+        budget_s=arguments.budget_s,
+        precision=arguments.precision,
+        logdir=arguments.profile,
+    )
 
 
 def _evaluate(arguments: argparse.Namespace, what: Sequence[str], name: str) -> list[Any]:
@@ -420,7 +471,31 @@ def _measure(arguments: argparse.Namespace) -> int:
     comparisons = compare_to_first(records)
     values = {"records": [record.to_json() for record in records], "comparisons": comparisons}
     _show(arguments, {"values": values, "tables": measured_tables(records, comparisons)})
+    if arguments.profile and not arguments.json:
+        print(f"XProf: xprof --logdir {arguments.profile / names[0]}")
     return _report_failures(records)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from jaxbench.calibrate import calibrate
+    from jaxbench.report.calibration import calibration_tables
+    from jaxbench.report.terminal import progress_line
+
+    with progress_line() as progress:
+        found = calibrate(
+            [*arguments.files, *arguments.candidates],
+            out=arguments.out or Path("out") / "calibrate",
+            limits=_limits(arguments),
+            progress=progress,
+        )
+    _show(arguments, {"values": found.to_json(), "tables": calibration_tables(found)})
+    if found.failures:
+        name, text = found.failures[0]
+        print(
+            f"jaxbench: {len(found.failures)} could not be profiled, the first: {name}: {text}",
+            file=sys.stderr,
+        )
+    return 1 if found.failures else 0
 
 
 def _flips(arguments: argparse.Namespace) -> int:
@@ -480,6 +555,10 @@ def _profile(arguments: argparse.Namespace) -> int:
     from jaxbench.profile import profile_record
     from jaxbench.report.tables import speed_table
 
+    if arguments.target.partition(":")[0] == "cpu":
+        arguments.candidates, arguments.profile = [arguments.candidate], arguments.logdir
+        arguments.budget_s, arguments.precision = _PROFILED_S, 0.005
+        return _measure(arguments)
     arguments.targets, arguments.measure = arguments.target, False
     records = _evaluate(arguments, [*arguments.files, arguments.candidate], arguments.candidate)
     failures = _report_failures(records)

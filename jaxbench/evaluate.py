@@ -60,6 +60,7 @@ def evaluate(
     options: tuple[tuple[str, Any], ...] = (),
     cpu_peaks: Mapping[str, float] | None = None,
     keep: bool = False,
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Evaluates one request and returns the stage values of its record.
 
@@ -70,10 +71,11 @@ def evaluate(
       options: Compiler options of the target.
       cpu_peaks: From `measure_peaks`, needed on CPU targets.
       keep: Also keep the executables in the cache, for `open_stepper`.
+      calibration: Of this machine, to be applied to the prediction, as JSON values.
     """
     asked = dataclasses.replace(parse_target(target), options=options)
     line = _Line(described, layout, asked, cpu_peaks)
-    return line.run(lambda: line.price(keep=keep))
+    return line.run(lambda: line.price(keep=keep, calibration=calibration))
 
 
 def open_stepper(*, described: Mapping[str, Any], layout: str, target: str, seed: int = 0) -> Any:
@@ -247,25 +249,24 @@ class _Line:
         with _Stage("fit", self.timings):
             check_fit(self.compiled, self.target)
 
-    def price(self, *, keep: bool) -> None:
+    def price(self, *, keep: bool, calibration: Mapping[str, Any] | None = None) -> None:
         """Compiles, reads and prices the optimised HLO and predicts the step."""
         if keep:
             self._compile_to_run()
         else:
             self._compile_once()
         self._describe_compiled()
-        self._price()
+        self._price(calibration)
 
-    def _price(self) -> None:
+    def _price(self, calibration: Mapping[str, Any] | None) -> None:
         assert self.compiled is not None
         with _Stage("price", self.timings):
             from jaxbench.cost import price_module
             from jaxbench.hlo import read_module
             from jaxbench.predict import predict_step
 
-            cost = price_module(
-                read_module(self.compiled.hlo), mxu=chip_table()[self.target.chip].mxu
-            )
+            module = read_module(self.compiled.hlo)
+            cost = price_module(module, mxu=chip_table()[self.target.chip].mxu)
             model = self.values.pop("mathematics")
             model_flops = (
                 sum(flops for _, flops in model["flops_by_dtype"]) / self.target.num_devices
@@ -282,7 +283,19 @@ class _Line:
                 dtype=self.described["workload"]["dtype"],
                 cpu_peaks=self.cpu_peaks,
             )
+            if calibration is not None:
+                prediction = self._calibrated(prediction, cost, module, calibration)
             self._describe_prediction(prediction, cost)
+
+    def _calibrated(
+        self, prediction: Any, cost: Any, module: Any, calibration: Mapping[str, Any]
+    ) -> Any:
+        from jaxbench.ops import list_ops
+        from jaxbench.ops.calibration import Calibration, calibrate_prediction
+        from jaxbench.predict import predict_ops
+
+        rows = list_ops(predict_ops(cost, self.target, cpu_peaks=self.cpu_peaks), module)
+        return calibrate_prediction(prediction, rows, Calibration.from_json(calibration))
 
     def _describe_prediction(self, prediction: Any, cost: Any) -> None:
         values = {**dataclasses.asdict(prediction), "terms": dict(prediction.terms)}

@@ -76,11 +76,11 @@ def record_id(
     layout: str,
     target: str,
     versions: Mapping[str, str],
-    measured: bool,
+    measured: bool | str,
 ) -> str:
     """Returns the identity of a record: the same request gives the same id, in any run.
 
-    A measured and an unmeasured record are two.
+    A measured and an unmeasured record are two, and one that was profiled as well is a third.
     """
     asked = [described[key] for key in ("name", "config", "workload", "source_sha256")]
     return key_of(SCHEMA, asked, layout, target, dict(versions), measured)[:16]

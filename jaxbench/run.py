@@ -38,14 +38,18 @@ class Limits:
       measure_s: Wall seconds of timing, for each candidate and control of a session.
       budget_s: Of a whole session, in place of that.
       precision: Half the width of a ratio's interval at which a session ends before.
+      logdir: Where to keep profiles of what is timed; None makes none.
+      calibrated: Correct predictions for this machine by what `calibrate` kept.
     """
 
     num_workers: int = 2
     limit_s: float = 1800.0
     limit_bytes: int = 12 * 2**30
-    measure_s: float = 3.0
+    measure_s: float = 2.0
     budget_s: float | None = None
     precision: float = 0.005
+    logdir: Path | None = None
+    calibrated: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,13 +61,13 @@ class Request:
     target: Target
     measured: bool
     versions: Mapping[str, str]
+    profiled: bool = False
 
     @property
     def id(self) -> str:
         """The record's id."""
-        return record_id(
-            self.described, self.layout, self.target.name, self.versions, self.measured
-        )
+        how = "profiled" if self.profiled else self.measured
+        return record_id(self.described, self.layout, self.target.name, self.versions, how)
 
 
 def run_named(
@@ -122,9 +126,25 @@ def run_named(
         described,
         measure=measure,
     )
+    requests = [_with_limits(request, limits) for request in requests]
     run(requests, out, limits, progress, together=together)
     ids = {request.id for request in requests}
     return [record for record in read_records(out) if record.id in ids]
+
+
+def _with_limits(request: Request, limits: Limits) -> Request:
+    """What of the limits makes another record of it."""
+    request = dataclasses.replace(request, profiled=request.measured and bool(limits.logdir))
+    if not limits.calibrated or request.target.kind != "cpu":
+        return request
+    key = cache.key_of(_calibration())[:12]
+    return dataclasses.replace(request, versions={**request.versions, "calibration": key})
+
+
+def _calibration() -> dict[str, Any]:
+    from jaxbench.ops.calibration import find_calibration
+
+    return find_calibration().to_json()
 
 
 def families_of(patterns: Sequence[str]) -> list[str]:
@@ -248,7 +268,8 @@ def run(
     already = len(requests) - len(missing)
     if not missing:
         return 0, already
-    peaks = _cpu_peaks(missing)
+    on_cpu = next((request.target for request in missing if request.target.kind == "cpu"), None)
+    peaks = cpu_peaks(on_cpu) if on_cpu else None
     order = {request.target.name: index for index, request in reversed(list(enumerate(requests)))}
     missing.sort(key=lambda request: order[request.target.name])
     num_jobs = len(missing) + sum(request.measured for request in missing)
@@ -302,10 +323,41 @@ def _time(
         progress=lambda spent_s: progress(f"timing {names}: {spent_s:.0f} of {budget_s:.0f} s"),
     )
     share_s = (time.monotonic() - started) / len(group)
+    if limits.logdir and not interrupted:
+        timed = _profiled(group, timed, limits, limits.logdir, progress)
     for request, given in zip(group, timed, strict=True):
         append_record(out, _record(request, _measured(request, priced[request.id], given, share_s)))
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _profiled(
+    group: Sequence[Request],
+    timed: Sequence[Timed],
+    limits: Limits,
+    logdir: Path,
+    progress: Callable[[str], None],
+) -> list[Timed]:
+    """Adds to each measurement the profile of some more steps, op by op; or how that failed."""
+    found = []
+    for request, given in zip(group, timed, strict=True):
+        if given.measurement:
+            name = request.described["name"]
+            progress(f"profiling {name}")
+            job = profile_job(request, limits, cpu_peaks(request.target), logdir=logdir)
+            ((_, result),) = run_jobs([job], num_workers=1)
+            ops = {"failure": result.to_json()} if isinstance(result, Failure) else result
+            ops.pop("values", None)
+            given = dataclasses.replace(given, measurement={**given.measurement, "ops": ops})
+        found.append(given)
+    return found
+
+
+def profile_job(request: Request, limits: Limits, peaks: Any, *, logdir: Path) -> Job:
+    """Returns the job that profiles a request's step on the attached device, op by op."""
+    folder = logdir / request.described["name"]
+    arguments = {**_arguments(request, peaks), "logdir": str(folder)}
+    return _job(request, "jaxbench.ops.profiled:measure_ops", arguments, limits)
 
 
 def _measured(
@@ -351,6 +403,8 @@ def _evaluate_job(request: Request, peaks: Any, limits: Limits) -> Job:
         "keep": request.measured,
         "options": request.target.options,
     }
+    if "calibration" in request.versions:
+        arguments["calibration"] = _calibration()
     return _job(request, "jaxbench.evaluate:evaluate", arguments, limits)
 
 
@@ -384,12 +438,10 @@ def _job(request: Request, function: str, arguments: dict[str, Any], limits: Lim
     )
 
 
-def _cpu_peaks(requests: Sequence[Request]) -> dict[str, float] | None:
+def cpu_peaks(target: Target) -> dict[str, float]:
     """Returns this machine's measured peaks, from the cache if it has been asked before."""
-    if not any(request.target.kind == "cpu" for request in requests):
-        return None
     key = cache.key_of(
-        platform.machine(), processor(), os.cpu_count(), requests[0].versions["jaxlib"]
+        platform.machine(), processor(), os.cpu_count(), versions_for(target)["jaxlib"]
     )
     known = cache.read_entry("peaks", key)
     if known is None:

@@ -8,10 +8,10 @@ from both and says so.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from jaxbench.cost import Cost, OpCost
+from jaxbench.cost import Cost, Loop, OpCost, Step
 from jaxbench.errors import ImpossibleError
 from jaxbench.network import collective_s, host_copy_s, place_group
 from jaxbench.predict import gpu, tpu
@@ -76,6 +76,40 @@ def simulate_step(
     """
     rate = _rate(target, device_peaks(target, cpu_peaks))
     return simulate(cost.steps, lambda op: _op_s(op, target, rate))
+
+
+def predict_ops(
+    cost: Cost, target: Target, *, cpu_peaks: Mapping[str, float] | None = None
+) -> list[tuple[OpCost, float, str]]:
+    """Predicts each op of a step alone.
+
+    Args:
+      cost: What one device does in one step, from `price_module`.
+      target: Chip and topology.
+      cpu_peaks: From `measure_peaks`; for CPU targets.
+
+    Returns:
+      (op, seconds of one execution, what bounds them) in the order of `cost.ops`, which hold the
+      totals of all executions; bounds are the names of `Prediction.terms`.
+
+    Raises:
+      UnknownPeakError: if the chip has no figure for a dtype or network that the program uses.
+    """
+    rate = _rate(target, device_peaks(target, cpu_peaks))
+    found = []
+    for total, one in zip(cost.ops, _each_op(cost.steps), strict=True):
+        bound = one.stream if one.stream in ("collective", "host") else rate(one)[1]
+        found.append((total, _op_s(one, target, rate), bound))
+    return found
+
+
+def _each_op(steps: Iterable[Step]) -> Iterator[OpCost]:
+    """One execution of each op, in the order of `Cost.ops`."""
+    for step in steps:
+        if isinstance(step, OpCost):
+            yield step
+        elif isinstance(step, Loop):
+            yield from _each_op(step.steps)
 
 
 def predict_step(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxbench.compare import Comparison, Controls, read_controls
+from jaxbench.ops import StepOps
 from jaxbench.record import Record
+from jaxbench.report.ops import ops_tables
 from jaxbench.report.tables import Table
 from jaxbench.stats import Interval, median_s
 
@@ -19,7 +22,25 @@ def measured_tables(records: Sequence[Record], comparisons: Sequence[Comparison]
         tables.append(_ratio_table(comparisons))
     if timed:
         tables.append(_control_table(timed))
-    return [*tables, *_doubt_tables(timed)]
+    tables += _doubt_tables(timed)
+    for record in timed:
+        tables += _profile_tables(record)
+    return tables
+
+
+def _profile_tables(record: Record) -> list[Table]:
+    """Where a profiled step's time went."""
+    profiled = (record.measurement or {}).get("ops")
+    if not profiled:
+        return []
+    if "failure" in profiled:
+        text = profiled["failure"]["text"]
+        return [Table(title=f"{record.candidate} was not profiled", header=(text,), rows=())]
+    found = StepOps.from_json(profiled["ops"])
+    return [
+        dataclasses.replace(table, title=f"{record.candidate}: {table.title}")
+        for table in ops_tables(found, depth=3, top=12)
+    ]
 
 
 def _step_table(records: Sequence[Record]) -> Table:
