@@ -76,7 +76,7 @@ def measured(
     if yardstick_s is not None:
         times = yardstick_s if isinstance(yardstick_s, list) else steady(yardstick_s)
         measurement["yardstick_s"] = times
-    return predicted(1.0, name, "cpu", measurement=measurement, **fields)
+    return predicted(1.0, name, "cpu", **{"measurement": measurement, **fields})
 
 
 def measured_like(record: Record) -> Record:
@@ -291,6 +291,17 @@ def test_gate_yardstick_cancels_a_drift_of_a_tenth(
     assert pair.step.ratio.value == pytest.approx(change, rel=1e-12)  # rounding only
     assert (pair.verdict, bool(pair.broken)) == (verdict, change > 1)
     assert f"yardstick {drift - 1:+.1%}" in pair.step.reason
+
+
+def test_gate_what_others_took_of_the_cores_widens_the_interval() -> None:
+    quiet, loaded = measured(1.0, yardstick_s=1e-3), measured(1.3, yardstick_s=1e-3)
+    assert one_pair(quiet, loaded).verdict == "slower"
+    measurement = {**(loaded.measurement or {}), "usage": {"others_cores": 2.0, "cores": 8}}
+    busy = measured(1.3, yardstick_s=1e-3, measurement=measurement)
+    # A quarter of the cores gone: a step may take 4 / 3 of its time.
+    pair = one_pair(quiet, busy)
+    assert (pair.verdict, pair.broken) == ("inconclusive", ())
+    assert "33% left for that" in pair.step.reason
 
 
 def test_session_ratio_adds_both_intervals_in_logarithms() -> None:

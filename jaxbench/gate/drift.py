@@ -14,6 +14,8 @@ from typing import Any
 from jaxbench.signals import SIGNAL_ERROR
 from jaxbench.stats import Interval, median_ratio
 
+_BUSY = 1.01
+_MOST_TAKEN = 0.9
 _LEAST = 4  # values: a bootstrap of fewer tells nothing
 _FIELDS = ("processor", "cores", "memory_bytes", "device", "system")
 
@@ -74,23 +76,40 @@ def session_ratio(
       before, after: Measurements with samples.
       one_compiler: Whether one compiler made both yardsticks.
     """
-    steps = _ratio(after["samples_s"], before["samples_s"])
+    load = max(_load_factor(measured) for measured in (before, after))
+    steps = _widen(_ratio(after["samples_s"], before["samples_s"]), load)
+    busy = f"; the machine was busy, {load - 1:.0%} left for that" if load > _BUSY else ""
     yardsticks = [measured.get("yardstick_s") or () for measured in (after, before)]
     if min(map(len, yardsticks)) < _LEAST:
         error = SIGNAL_ERROR["measured"]
-        widened = Interval(value=steps.value, low=steps.low / error, high=steps.high * error)
-        return SessionRatio(ratio=widened, reason=f"no yardstick, {error - 1:.0%} left for drift")
+        return SessionRatio(
+            ratio=_widen(steps, error),
+            reason=f"no yardstick, {error - 1:.0%} left for drift{busy}",
+        )
     drift = _ratio(*yardsticks)
     known = _divide(steps, drift)
     if one_compiler:
-        return SessionRatio(ratio=known, reason=f"yardstick {drift.value - 1:+.1%}, divided out")
+        return SessionRatio(
+            ratio=known, reason=f"yardstick {drift.value - 1:+.1%}, divided out{busy}"
+        )
     both = Interval(
         value=known.value, low=min(known.low, steps.low), high=max(known.high, steps.high)
     )
     return SessionRatio(
         ratio=both,
-        reason=f"yardstick {drift.value - 1:+.1%}, by the machine or by the changed compiler",
+        reason=f"yardstick {drift.value - 1:+.1%}, by the machine or by the changed compiler{busy}",
     )
+
+
+def _load_factor(measured: Mapping[str, Any]) -> float:
+    """By how much others may have slowed a session: one over the share of cores left by them."""
+    usage = measured.get("usage") or {}
+    share = usage.get("others_cores", 0.0) / max(usage.get("cores", 1), 1)
+    return 1 / (1 - min(share, _MOST_TAKEN))
+
+
+def _widen(one: Interval, factor: float) -> Interval:
+    return Interval(value=one.value, low=one.low / factor, high=one.high * factor)
 
 
 def _ratio(first: Sequence[float], second: Sequence[float]) -> Interval:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jaxbench.gate.change import Change
 from jaxbench.gate import WORST_FIRST, GateResult, Pair
+from jaxbench.gate.change import Change
 from jaxbench.report.markdown import render_table
 from jaxbench.report.tables import Table
 from jaxbench.stats import Interval
