@@ -58,7 +58,10 @@ def main() -> None:
             with arguments.out.open("a") as file:
                 file.write(json.dumps(line) + "\n")
     lines = [json.loads(text) for text in arguments.out.read_text().splitlines()]
-    _print_tools(lines) if arguments.what == "tools" else _print_ours(lines)
+    if arguments.what == "tools":
+        _print_tools(lines, 1 + arguments.percent / 100)
+    else:
+        _print_ours(lines)
 
 
 def _other(arguments: argparse.Namespace) -> str:
@@ -265,15 +268,16 @@ def _welch(first: list[float], second: list[float]) -> Interval:
     return ratio, ratio * (1 - half), ratio * (1 + half)
 
 
-def _print_tools(lines: list[dict[str, Any]]) -> None:
+def _print_tools(lines: list[dict[str, Any]], truth: float) -> None:
+    """Wrong: the interval does not hold the truth. Open: it holds 1. Right: the rest."""
     print("tool        right  wrong  open  half width  seconds")
     for name in lines[0]:
         rows = [line[name] for line in lines]
-        right = sum(low > 1 for _, low, _, _ in rows)
-        wrong = sum(high < 1 for _, _, high, _ in rows)
+        wrong = sum(not low - 0.002 <= truth <= high + 0.002 for _, low, high, _ in rows)
+        still = sum(low <= 1 <= high for _, low, high, _ in rows)
+        right = sum(low > 1 and truth <= high + 0.002 for _, low, high, _ in rows)
         width = statistics.median((high - low) / 2 for _, low, high, _ in rows)
         seconds = statistics.median(row[3] for row in rows)
-        still = len(rows) - right - wrong
         print(f"{name:12s}{right:5d}{wrong:7d}{still:6d}{width:12.4f}{seconds:9.1f}")
 
 

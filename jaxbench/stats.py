@@ -130,8 +130,8 @@ def two_modes(samples: Sequence[float]) -> tuple[float, float, float]:
     Source: Otsu, "A threshold selection method from gray-level histograms", 1979.
     """
     logs = np.sort(np.log(np.maximum(np.asarray(samples, float), 1e-12)))
-    total = float(((logs - logs.mean()) ** 2).sum())
-    if logs.size < 2 or total == 0:
+    total = float(((logs - logs.mean()) ** 2).sum()) if logs.size > 1 else 0.0
+    if total == 0:
         return 0.0, 0.0, 1.0
     sizes = np.arange(1, logs.size)
     below = np.cumsum(logs)[:-1] / sizes

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxbench.errors import LayoutError
+from jaxbench.errors import LayoutError, MeasureError
+from jaxbench.measure.stepper import Chain, Probe
 
 _EAT = (
     "import time\neaten = []\nwhile True:\n    eaten.append(b'x' * 2**26)\n    time.sleep(0.03)\n"
@@ -84,7 +85,8 @@ def kill(number: int) -> None:
 
 def send_half() -> None:
     """Ends in the middle of sending its result."""
-    sender = inspect.stack()[1].frame.f_locals["sender"]
+    frames = (entry.frame.f_locals for entry in inspect.stack())
+    sender = next(found["sender"] for found in frames if "sender" in found)
     os.write(sender.fileno(), struct.pack("!i", 1000) + b"the first of a thousand bytes")
     os._exit(1)
 
@@ -129,3 +131,108 @@ def note_times(folder: str, name: str, seconds: float) -> None:
     start = time.monotonic()
     time.sleep(seconds)
     (Path(folder) / name).write_text(json.dumps([start, time.monotonic()]))
+
+
+class Kept:
+    """What a conversation is held with: it counts, and ends in every way that there is."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.total = start
+
+    def add(self, number: int) -> int:
+        """Changes what it keeps."""
+        self.total += number
+        return self.total
+
+    def pid(self) -> int:
+        """Returns its process."""
+        return os.getpid()
+
+    def fail(self, text: str) -> None:
+        """Raises, after it changed what it keeps."""
+        self.total += 1
+        raise LayoutError(text)
+
+    def unsendable(self) -> Any:
+        """Returns what cannot leave the process."""
+        return make_unsendable()
+
+    def sleep(self, seconds: float) -> str:
+        """Takes its time."""
+        time.sleep(seconds)
+        return f"slept {seconds} s"
+
+    def abort(self) -> None:
+        """Crashes."""
+        abort()
+
+    def leave(self, code: int) -> None:
+        """Ends without a word."""
+        leave(code)
+
+    def eat(self, file: str) -> None:
+        """Takes memory without end."""
+        eat(file)
+
+    def leave_child(self, file: str) -> str:
+        """Starts something that goes on."""
+        return leave_child(file)
+
+
+def keep(start: int = 0) -> Kept:
+    """Makes what a conversation is held with."""
+    return Kept(start)
+
+
+def keep_nothing(text: str) -> None:
+    """Makes nothing."""
+    raise LayoutError(text)
+
+
+class SleepingStepper:
+    """A stepper without a network: its steps sleep, and fail where they are told."""
+
+    def __init__(self, step_s: float, fail_at: int, crash_at: int) -> None:
+        self.step_s, self.fail_at, self.crash_at, self.num_chains = step_s, fail_at, crash_at, 0
+
+    def chain(self, *, steps: int, extra_share: float = 0.0) -> Chain:
+        """Sleeps."""
+        self.num_chains += 1
+        if self.num_chains == self.fail_at:
+            raise MeasureError("made up for tests")
+        if self.num_chains == self.crash_at:
+            abort()
+        start = time.perf_counter()
+        time.sleep(steps * self.step_s * (1 + extra_share))
+        seconds = time.perf_counter() - start
+        return Chain(
+            steps=steps,
+            seconds=seconds,
+            dispatch_s=seconds / 2,
+            calendar_s=seconds,
+            cpu_s=0.0,
+            page_faults=0,
+            page_loads=0,
+            resident_bytes=2**20,
+        )
+
+    def probe(self) -> Probe:
+        """Looks at nothing."""
+        return Probe(yardstick_s=0.001, hash_cpu_s=0.0001)
+
+    def about(self) -> dict[str, Any]:
+        """Names no real device."""
+        return {"device": "bed", "platform": "cpu", "pid": os.getpid()}
+
+    def final_loss(self) -> float:
+        """Counts chains."""
+        return float(self.num_chains)
+
+    def device_memory(self) -> dict[str, int]:
+        """Keeps no account."""
+        return {}
+
+
+def open_sleeping(step_s: float, fail_at: int = 0, crash_at: int = 0) -> SleepingStepper:
+    """Makes a stepper."""
+    return SleepingStepper(step_s, fail_at, crash_at)

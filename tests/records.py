@@ -1,8 +1,12 @@
 """Records made by hand, as the stages would have filled them."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
+from jaxbench.measure.protocol import PLANTED_SHARE
 from jaxbench.record import Record
 
 
@@ -44,3 +48,41 @@ def make_record(
         "failure": failure,
     }
     return Record(candidate=candidate, target=target, base=base, **{**values, **fields})
+
+
+def make_measurement(
+    step_s: float,
+    *,
+    session: str = "session",
+    rounds: int = 24,
+    noise: float = 0.002,
+    seed: int = 0,
+    same: float = 1.0,
+    planted: float = 1 + PLANTED_SHARE,
+    **fields: Any,
+) -> dict[str, Any]:
+    """Makes what a session says of one candidate: two chains of ten steps a round.
+
+    Args:
+      noise: Of each chain, and of the controls.
+      same: What the control that must show nothing shows.
+      planted: What the control that must show `PLANTED_SHARE` shows.
+    """
+    generator = np.random.default_rng(seed)
+
+    def noisy(value: float, size: int) -> list[float]:
+        return (value * np.exp(noise * generator.normal(size=size))).tolist()
+
+    steps = noisy(step_s, 2 * rounds)
+    return {
+        "session": session,
+        "ended": "budget",
+        "samples_s": steps,
+        "chains": [[place // 2, 10, 10 * one, one, 10 * one] for place, one in enumerate(steps)],
+        "controls": {
+            "planted_share": PLANTED_SHARE,
+            "same": noisy(same, math.ceil(rounds / 2)),
+            "planted": noisy(planted, rounds // 2),
+        },
+        **fields,
+    }

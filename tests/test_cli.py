@@ -34,6 +34,11 @@ KEYS = (
     "cost.collective_bytes", "cost.unpriced_share", "prediction.step_s", "prediction.low_s",
     "prediction.high_s", "prediction.bound", "prediction.mfu", "samples_per_s", "versions",
 )  # fmt: skip
+MEASUREMENT_KEYS = {
+    "protocol", "session", "base", "ended", "samples_s", "chains", "first_step_s", "warm_up",
+    "final_loss", "environment", "doubts", "controls", "yardstick_s", "memory", "energy", "usage",
+    "wall_s", "timed_s",
+}  # fmt: skip
 
 
 def parse(text: str) -> Any:
@@ -252,9 +257,10 @@ def test_cli_run_signals_are_those_that_each_target_has(tiny: tuple[Path, str]) 
             assert record["compiler"]["cycles"] > 0
             assert 0 < record["compiler"]["step_s"] < 1
         if is_cpu:
+            assert record["measurement"].keys() == MEASUREMENT_KEYS
+            assert record["measurement"]["protocol"] == "paired-rounds-1"
             samples_s = sorted(record["measurement"]["samples_s"])
-            assert len(samples_s) >= 5
-            assert record["measurement"]["protocol"]
+            assert len(samples_s) >= 16  # two chains in each of eight rounds, at least
             step_s = samples_s[len(samples_s) // 2]
         origin = "measurement" if is_cpu else "prediction"
         assert record["samples_per_s_from"] == origin
@@ -360,6 +366,117 @@ def test_cli_compare_gives_one_verdict_a_target_with_its_reason(
         assert one["reason"]
     assert "one signal" in comparisons["gpu-h100"]["reason"]
     assert "measured" in comparisons["cpu"]["reason"]
+
+
+# Timing one against the other.
+
+
+def measure_tiny(out: Path, *options: str) -> list[Any]:
+    """The arguments that time the tiny networks against each other."""
+    return [
+        "measure", "tiny-cpu-wide", "tiny-cpu-deep", "--from", TINY, "--out", out, "--json",
+        *options,
+    ]  # fmt: skip
+
+
+def test_cli_measure_times_rivals_in_one_session_and_only_once(
+    tiny: tuple[Path, str], shared_cache: Path, tmp_path: Path
+) -> None:
+    arguments = measure_tiny(tmp_path, "--budget-s", "3")
+    code, stdout, stderr = jaxbench(*arguments, cache=shared_cache)
+    assert (code, stderr) == (0, "")
+    values = parse(stdout)
+    assert values["records"] == read_lines(tmp_path)
+    first, second = (record["measurement"] for record in values["records"])
+    assert first["session"] == second["session"]
+    assert first["base"] == second["base"] == "tiny-cpu-wide"
+    assert first["ended"] in ("precise", "budget")
+    assert first["controls"] == second["controls"]
+    assert first["controls"]["planted_share"] == 0.02
+    assert min(len(first["controls"][name]) for name in ("same", "planted")) >= 4
+    assert first["environment"]["fingerprint"] == second["environment"]["fingerprint"]
+    assert first["energy"]["joules"] or first["energy"]["missing"]
+    assert first["memory"]["resident_bytes"] > 2**20
+    assert 0 < first["timed_s"] <= first["wall_s"]
+    (comparison,) = values["comparisons"]
+    assert (comparison["first"], comparison["second"]) == ("tiny-cpu-wide", "tiny-cpu-deep")
+    assert comparison["reason"]
+    started = time.monotonic()
+    code, again, stderr = jaxbench(*arguments, cache=shared_cache)
+    assert (code, stderr) == (0, "")
+    assert parse(again) == values
+    assert read_lines(tmp_path) == values["records"]
+    assert time.monotonic() - started < 60
+
+
+def test_cli_measure_prints_steps_ratio_and_controls(
+    tiny: tuple[Path, str], shared_cache: Path
+) -> None:
+    # What was timed by another command counts.
+    arguments = [one for one in measure_tiny(tiny[0]) if one != "--json"]
+    code, stdout, stderr = jaxbench(*arguments, cache=shared_cache)
+    assert (code, stderr) == (0, "")
+    for words in ("tiny-cpu-deep", "step ms", "Controls", "planted 2%", "ended:", "95 % interval"):
+        assert words in stdout
+
+
+@pytest.mark.parametrize("precision", ["2", "0%", "100%", "-1%", "nan%", "half"])
+def test_cli_measure_precision_that_is_no_share_exits_2(tmp_path: Path, precision: str) -> None:
+    arguments = measure_tiny(tmp_path / "out", f"--precision={precision}")
+    code, stdout, stderr = jaxbench(*arguments, cache=tmp_path)
+    assert (code, stdout) == (2, "")
+    assert stderr.startswith("usage: jaxbench measure")
+    assert f"{precision!r} is no share such as 0.5%" in stderr
+    assert not (tmp_path / "out").exists()
+
+
+def interrupt_timing(command: Command, out: Path, *, timed_s: float) -> None:
+    """Sends Ctrl-C to a command whose workers have computed for so long; it leaves nothing."""
+
+    def least_cpu_s() -> float:
+        """Processor time of the workers: what the fork server started beside the command."""
+        ours = {command.process.pid}
+        workers = [
+            process
+            for process in command.left()
+            if process.pid not in ours and os.getpgid(process.pid) == process.pid
+        ]
+        if len(workers) < 3:  # two networks and the control
+            return 0.0
+        times = [process.cpu_times() for process in workers]
+        return min(one.user + one.system for one in times)
+
+    try:
+        wait_for(lambda: least_cpu_s() > 0, timeout_s=90)
+        ready_s = least_cpu_s()
+        wait_for(lambda: least_cpu_s() - ready_s > timed_s, timeout_s=90)
+        assert read_lines(out) == []
+        os.kill(command.process.pid, signal.SIGINT)
+        code, stdout, stderr = command.finish(timeout_s=30)
+        wait_for(lambda: not command.left(), timeout_s=5)
+    finally:
+        command.end()
+    assert (code, stdout) == (1, "")
+    assert "interrupted" in error_line(stderr)
+
+
+def test_cli_measure_interrupt_keeps_what_was_timed_and_the_next_finishes(
+    tiny: tuple[Path, str], shared_cache: Path, tmp_path: Path
+) -> None:
+    command = start_jaxbench(
+        *measure_tiny(tmp_path, "--budget-s", "30", "--precision", "0.01%"), cache=shared_cache
+    )
+    # Past the making of state and the warm-up, which has 0.75 s for each.
+    interrupt_timing(command, tmp_path, timed_s=2.0)
+    broken = read_lines(tmp_path)
+    assert [line["measurement"]["ended"] for line in broken] == ["interrupted"] * 2
+    assert all(line["measurement"]["samples_s"] for line in broken)
+    code, stdout, stderr = jaxbench(*measure_tiny(tmp_path, "--budget-s", "2"), cache=shared_cache)
+    assert (code, stderr) == (0, "")
+    records = parse(stdout)["records"]
+    assert {one["measurement"]["ended"] for one in records} <= {"precise", "budget"}
+    assert [one["id"] for one in records] == [line["id"] for line in broken]
+    assert len(read_lines(tmp_path)) == 4
 
 
 # What goes wrong with a network.

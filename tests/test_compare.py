@@ -1,9 +1,10 @@
 """Verdicts, flips and regrets from records made by hand, and the tables made of them."""
 
+import dataclasses
 from typing import Any
 
 import pytest
-from records import make_record
+from records import make_measurement, make_record
 
 from jaxbench.compare import (
     Comparison,
@@ -11,6 +12,7 @@ from jaxbench.compare import (
     compare_pair,
     compare_records,
     compare_rivals,
+    compare_to_first,
     find_flips,
     find_hints,
     regrets,
@@ -29,7 +31,7 @@ from jaxbench.report.tables import (
     speed_table,
 )
 from jaxbench.signals import SIGNAL_ERROR
-from jaxbench.stats import median_ratio, median_s
+from jaxbench.stats import median_ratio
 
 ONE, TWO = "net-cpu-one", "net-cpu-two"
 HLO, COMPILER, MEASURED = (SIGNAL_ERROR[name] for name in ("hlo", "compiler", "measured"))
@@ -163,28 +165,108 @@ def test_compare_records_measured_interval_is_the_bootstraps_widened_by_its_erro
     assert (ratio.ratio, ratio.low, ratio.high) == (middle, low / MEASURED, high * MEASURED)
 
 
-def test_median_ratio_known_samples_gives_ratio_inside_its_interval() -> None:
-    first, second = [3.0, 1.0, 2.0], [1.0, 0.5, 4.0]
-    assert median_s(first) == 2.0
-    ratio, low, high = median_ratio(first, second)
-    assert ratio == 2.0
-    # The outermost resamples are all one value: 1/4 and 3/0.5.
-    assert 0.25 <= low < ratio < high <= 6.0
-    assert median_ratio([2.0] * 5, [1.0] * 5) == (2.0, 2.0, 2.0)
-    assert median_ratio(first, second) == (ratio, low, high)
+# Two that were timed in one session.
 
 
-def test_median_ratio_true_ratio_lies_in_most_intervals() -> None:
-    import numpy as np
+def timed(name: str, step_s: float, *, seed: int = 0, **options: Any) -> Record:
+    """A record of a session's measurement; two of different seeds have noise of their own."""
+    return make_record(name, "cpu", measurement=make_measurement(step_s, seed=seed, **options))
 
-    generator = np.random.default_rng(1)
-    held = 0
-    for _ in range(60):
-        draws = generator.normal(1.0, 0.05, (2, 15))
-        _, low, high = median_ratio(draws[0] * 2, draws[1])
-        held += low <= 2.0 <= high
-    # Expected are 57; 51 or fewer would have a chance of one in three hundred.
-    assert held >= 52
+
+def timed_pair(ratio: float, **options: Any) -> tuple[Record, Record]:
+    """Two of one session, the second's step that many times the first's."""
+    return timed(ONE, 0.01, seed=1, **options), timed(TWO, 0.01 * ratio, seed=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "noise", "verdict", "reason"),
+    [
+        (1.03, 0.002, "faster", "measured 1.03"),
+        (0.97, 0.002, "slower", "measured 0.9"),
+        (1.0, 0.002, "tie", "within 2%"),
+        (1.0, 0.2, "inconclusive", "holds 1"),
+    ],
+)
+def test_compare_records_of_one_session_verdict_is_that_of_the_paired_interval(
+    ratio: float, noise: float, verdict: str, reason: str
+) -> None:
+    first, second = timed_pair(ratio, noise=noise)
+    comparison = compare_records(first, second)
+    assert comparison.verdict == verdict
+    assert reason in comparison.reason
+    measured = comparison.ratio("measured")
+    assert measured is not None
+    assert measured.low < ratio < measured.high
+    back = compare_records(second, first)
+    assert back.winner == comparison.winner
+
+
+def test_compare_records_of_one_session_have_no_factor_for_drift_between_processes() -> None:
+    measured = compare_records(*timed_pair(1.03)).ratio("measured")
+    assert measured is not None
+    # 48 chains of 0.2 % each know the ratio to a thousandth.
+    assert measured.high / measured.low < 1.005 < MEASURED
+
+
+@pytest.mark.parametrize("second", ["another", None])
+def test_compare_records_of_two_sessions_fall_back_to_medians_and_their_error(
+    second: str | None,
+) -> None:
+    one, other = timed(ONE, 0.01), timed(TWO, 0.0103, session=second)
+    comparison = compare_records(one, other)
+    measured = comparison.ratio("measured")
+    assert measured is not None
+    assert measured.high / measured.low > MEASURED**2
+    assert comparison.verdict == "tie"
+    assert "within 1.10" in comparison.reason
+
+
+def test_compare_records_without_any_session_are_not_of_one_session() -> None:
+    comparison = compare_records(
+        timed(ONE, 0.01, session=None), timed(TWO, 0.0103, session=None, same=2.0)
+    )
+    assert comparison.verdict == "tie"
+
+
+@pytest.mark.parametrize(
+    ("controls", "reason"),
+    [
+        ({"same": 1.01}, "control failed: the base against itself gave 1.0"),
+        ({"same": 0.99}, "control failed: the base against itself gave 0.9"),
+        ({"planted": 1.0}, "control failed: 2% planted, 1.0"),
+        ({"planted": 1.05}, "control failed: 2% planted, 1.05"),
+    ],
+)
+def test_compare_records_of_a_session_whose_control_failed_are_inconclusive(
+    controls: dict[str, float], reason: str
+) -> None:
+    comparison = compare_records(*timed_pair(1.5, **controls))
+    assert (comparison.verdict, comparison.winner) == ("inconclusive", None)
+    assert reason in comparison.reason
+
+
+@pytest.mark.parametrize("control", ["same", "planted"])
+def test_compare_records_of_a_session_without_its_controls_are_inconclusive(control: str) -> None:
+    first, second = timed_pair(1.5)
+    for record in (first, second):
+        assert record.measurement
+        record.measurement["controls"][control] = []
+    comparison = compare_records(first, second)
+    assert comparison.verdict == "inconclusive"
+    assert "control" in comparison.reason
+
+
+def test_compare_records_of_one_session_with_one_program_are_a_tie() -> None:
+    first, second = timed_pair(1.5)
+    first, second = (dataclasses.replace(record, hlo_sha256="same") for record in (first, second))
+    assert compare_records(first, second).verdict == "tie"
+
+
+def test_compare_to_first_compares_it_with_each_other_in_their_order() -> None:
+    records = [timed(name, 0.01 + 0.001 * place, seed=place) for place, name in enumerate("abc")]
+    found = [(one.first, one.second, one.verdict) for one in compare_to_first(records)]
+    assert found == [("a", "b", "faster"), ("a", "c", "faster")]
+    assert compare_to_first(records[:1]) == []
 
 
 def test_find_flips_needs_evidence_on_both_sides() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from commands import read_lines, start
-from records import make_record
+from records import make_measurement, make_record
 
 from jaxbench.errors import StorageError, UsageError
 from jaxbench.record import FILE_NAME, SCHEMA, Record, append_record, read_records, record_id
@@ -66,6 +66,29 @@ def test_append_record_failure_of_the_network_itself_is_kept(tmp_path: Path) -> 
     assert append_record(tmp_path, make("one", failure=FAILED))
     assert not append_record(tmp_path, make("one"))
     assert read_records(tmp_path)[0].failure == FAILED
+
+
+@pytest.mark.parametrize("ended", ["precise", "budget", "failed"])
+def test_append_record_after_an_interrupted_measurement_takes_its_place(
+    tmp_path: Path, ended: str
+) -> None:
+    broken = make("one", measurement=make_measurement(0.01, ended="interrupted"))
+    whole = make("one", measurement=make_measurement(0.02, ended=ended))
+    assert broken.is_lost
+    assert not whole.is_lost
+    assert append_record(tmp_path, broken)
+    assert read_records(tmp_path) == [broken]
+    assert append_record(tmp_path, whole)
+    assert not append_record(tmp_path, broken)
+    assert read_records(tmp_path) == [whole]
+
+
+def test_append_record_interrupted_twice_counts_once(tmp_path: Path) -> None:
+    for step_s in (0.01, 0.02):
+        measurement = make_measurement(step_s, ended="interrupted")
+        assert append_record(tmp_path, make("one", measurement=measurement))
+    (record,) = read_records(tmp_path)
+    assert record.measurement == make_measurement(0.02, ended="interrupted")
 
 
 def test_append_record_lost_twice_counts_once(tmp_path: Path) -> None:
@@ -169,7 +192,7 @@ _APPEND = """
 import sys
 from pathlib import Path
 from jaxbench.record import append_record
-from records import make_record
+from records import make_measurement, make_record
 for index in range(int(sys.argv[2]), int(sys.argv[2]) + 50):
     append_record(Path(sys.argv[1]), make_record(id=f"id {index}", source="x" * 5000))
 """

@@ -13,7 +13,7 @@ import pytest
 from commands import wait_for
 
 from jaxbench.errors import Failure, JaxbenchError
-from jaxbench.worker import Job, call_in_worker, run_jobs
+from jaxbench.worker import Conversation, Job, call_in_worker, run_jobs
 
 GIB = 2**30
 
@@ -240,3 +240,131 @@ def test_call_in_worker_returns_or_raises_the_text() -> None:
     assert call_in_worker("jobs:add", one=2, other=3) == 5
     with pytest.raises(JaxbenchError, match="no such thing"):
         call_in_worker("jobs:raise_error", text="no such thing")
+
+
+# --- Conversations --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def talk() -> Iterator[Conversation]:
+    with Conversation(job("keep", start=10)) as conversation:
+        yield conversation
+
+
+def test_conversation_answers_of_one_object_that_it_keeps(talk: Conversation) -> None:
+    assert talk.wait_ready() is None
+    assert talk.ask("add", number=2) == 12
+    assert talk.ask("add", number=3) == 15
+    assert talk.ask("pid") == talk.pid
+
+
+def test_conversation_two_at_once_keep_apart(talk: Conversation) -> None:
+    with Conversation(job("keep")) as other:
+        assert other.ask("add", number=1) == 1
+        assert talk.ask("add", number=1) == 11
+        assert other.pid != talk.pid
+
+
+def test_conversation_exception_is_a_failure_and_the_object_lives_on(talk: Conversation) -> None:
+    assert talk.ask("fail", text="3 does not divide over 2.\nUse 4.") == Failure(
+        stage="measure", error="LayoutError", text="3 does not divide over 2. Use 4."
+    )
+    assert talk.ask("nothing_of_this_name").error == "AttributeError"
+    failure = talk.ask("unsendable")
+    assert isinstance(failure, Failure)
+    assert failure.stage == "measure"
+    assert talk.ask("add", number=0) == 11
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "says"),
+    [("abort", {}, "SIGABRT"), ("leave", {"code": 7}, "exit code 7")],
+)
+def test_conversation_crash_is_the_answer_to_every_later_call(
+    talk: Conversation, method: str, arguments: dict[str, Any], says: str
+) -> None:
+    failure = talk.ask(method, **arguments)
+    assert (failure.stage, failure.error) == ("worker", "Crash")
+    assert says in failure.text
+    assert talk.ask("add", number=1) == failure
+    assert talk.wait_ready() == failure
+    assert Path(failure.text.partition("log: ")[2]).exists()
+
+
+def test_conversation_worker_killed_between_two_calls_is_a_crash(talk: Conversation) -> None:
+    assert talk.ask("add", number=1) == 11
+    os.kill(talk.pid, signal.SIGKILL)
+    wait_for(lambda: not alive([talk.pid]), timeout_s=10)
+    failure = talk.ask("add", number=1)
+    assert (failure.stage, failure.error) == ("worker", "Crash")
+    assert "SIGKILL" in failure.text
+    assert talk.ask("add", number=1) == failure
+
+
+def test_conversation_time_limit_is_the_answer_to_every_later_call(talk: Conversation) -> None:
+    assert talk.ask("sleep", seconds=0.3, limit_s=30.0) == "slept 0.3 s"
+    failure = talk.ask("sleep", seconds=600.0, limit_s=1.0)
+    assert (failure.stage, failure.error) == ("worker", "Timeout")
+    assert "1 s" in failure.text
+    assert talk.ask("add", number=1) == failure
+    assert not alive([talk.pid])
+
+
+def test_conversation_memory_limit_is_the_answer_to_every_later_call(tmp_path: Path) -> None:
+    with Conversation(job("keep", limit_bytes=GIB)) as talk:
+        assert talk.ask("add", number=1) == 1
+        failure = talk.ask("eat", file=str(tmp_path / "pids"), limit_s=60.0)
+        assert (failure.stage, failure.error) == ("worker", "MemoryLimit")
+        assert "1.0 GiB" in failure.text
+        assert talk.ask("add", number=1) == failure
+        assert not alive([talk.pid])
+
+
+def test_conversation_close_leaves_no_process_and_no_log(tmp_path: Path) -> None:
+    file = tmp_path / "pids"
+    with Conversation(job("keep")) as talk:
+        assert talk.ask("leave_child", file=str(file)) == "done"
+        assert len(alive(read_pids(file))) == 2
+    wait_for(lambda: not alive(read_pids(file)), timeout_s=5)
+    assert isinstance(talk.ask("add", number=1), Failure)
+    assert list((tmp_path / "cache" / "logs").iterdir()) == []
+    talk.close()
+
+
+@pytest.mark.parametrize(
+    ("asked", "stage", "error"),
+    [
+        (job("keep_nothing", text="no such thing"), "measure", "LayoutError"),
+        (job("no_such_function"), "measure", "AttributeError"),
+        (job("abort"), "worker", "Crash"),
+        (job("ignore_and_sleep", file="/dev/null", limit_s=1.0), "worker", "Timeout"),
+    ],
+    ids=lambda value: value.function if isinstance(value, Job) else str(value),
+)
+def test_conversation_object_that_cannot_be_made_is_the_answer_to_every_call(
+    asked: Job, stage: str, error: str
+) -> None:
+    with Conversation(asked) as talk:
+        failure = talk.wait_ready()
+        assert isinstance(failure, Failure)
+        assert (failure.stage, failure.error) == (stage, error)
+        assert talk.ask("add", number=1) == failure
+        wait_for(lambda: not alive([talk.pid]), timeout_s=5)
+
+
+def test_conversation_answer_that_an_interrupt_missed_is_not_taken_for_the_next(
+    talk: Conversation,
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    talk.wait_ready()
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            talk.ask("sleep", seconds=1.0)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert talk.ask("add", number=1) == 11
+    assert talk.ask("add", number=1) == 12

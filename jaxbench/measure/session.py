@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -59,8 +59,8 @@ def time_together(
     Returns:
       (what each candidate gave, whether Ctrl-C ended the session).
     """
-    with _conversations([*jobs, jobs[0]]) as opened:
-        *given, control = opened
+    with contextlib.ExitStack() as stack:
+        *given, control = (stack.enter_context(Conversation(job)) for job in (*jobs, jobs[0]))
         failures = [conversation.wait_ready() for conversation in given]
         live = [one for one, failure in zip(given, failures, strict=True) if failure is None]
         missing = [Timed(measurement=None, failure=failure) for failure in failures]
@@ -68,7 +68,7 @@ def time_together(
             return missing, False
         if live[0] is not given[0]:  # the base is gone: the next one takes its place
             control.close()
-            control = Conversation(jobs[given.index(live[0])])
+            control = stack.enter_context(Conversation(jobs[given.index(live[0])]))
         control.wait_ready()
         meter = Meter([one.pid for one in (*live, control)])
         session = measure_session(
@@ -81,17 +81,11 @@ def time_together(
         )
         usage, name = meter.read(), secrets.token_hex(8)
         for slot, one in zip(session.candidates, live, strict=True):
-            values = _values(slot, session, usage, one) if slot.rows else None
+            is_timed = any(row[1] > 1 for row in slot.rows)
+            values = _values(slot, session, usage, one) if is_timed else None
             measurement = None if values is None else {"session": name, **values}
             missing[given.index(one)] = Timed(measurement=measurement, failure=slot.failure)
     return missing, session.ended == "interrupted"
-
-
-@contextlib.contextmanager
-def _conversations(jobs: Sequence[Job]) -> Iterator[list[Conversation]]:
-    """Processes side by side, all ended at the end."""
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(Conversation(job)) for job in jobs]
 
 
 def _values(slot: Slot, session: Session, usage: Usage, one: Conversation) -> dict[str, Any]:
