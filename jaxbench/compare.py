@@ -202,6 +202,8 @@ class Controls:
     @property
     def complaint(self) -> str:
         """Why nothing can be said after these controls; empty if they passed."""
+        if not (self.same.low and self.planted.low):
+            return "no control: the base was not timed often enough against itself"
         if self.same.excludes(1.0):
             return f"control failed: the base against itself gave {_shown(self.same)}"
         if self.planted.excludes(1 + self.planted_share):
@@ -220,12 +222,15 @@ def read_controls(stored: Mapping[str, Any]) -> Controls:
 
 def _paired_verdict(measured: Ratio, stored: Mapping[str, Any]) -> tuple[Verdict, str]:
     """The verdict of one session; none without its controls."""
-    if complaint := read_controls(stored).complaint:
-        return "inconclusive", complaint
+    controls = read_controls(stored)
+    if controls.complaint:
+        return "inconclusive", controls.complaint
     interval = f"measured {measured.ratio:.4f} [{measured.low:.4f}, {measured.high:.4f}]"
     if measured.sign:
         return ("faster" if measured.sign > 0 else "slower"), interval
     if measured.low > 1 / _PAIRED_TIE and measured.high < _PAIRED_TIE:
+        if not controls.planted.excludes(1.0):
+            return "inconclusive", f"{interval}, but the planted slow-down was not seen either"
         return "tie", f"{interval}, within {_PAIRED_TIE - 1:.0%}"
     return "inconclusive", f"{interval} holds 1"
 

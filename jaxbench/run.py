@@ -326,6 +326,8 @@ def _time(
     if limits.logdir and not interrupted:
         timed = _profiled(group, timed, limits, limits.logdir, progress)
     for request, given in zip(group, timed, strict=True):
+        if interrupted and not (given.measurement or given.failure):
+            continue
         append_record(out, _record(request, _measured(request, priced[request.id], given, share_s)))
     if interrupted:
         raise KeyboardInterrupt

@@ -622,16 +622,16 @@ def test_stepper_50_ms_callback_is_timed_as_50_ms() -> None:
         return slept + batch, slept.astype(jnp.float32)
 
     def fastest_step_s() -> float:
-        return min(stepper.chain(steps=4).seconds for _ in range(3)) / 4
+        return min(stepper.chain(steps=1).seconds for _ in range(20))
 
     stepper = Stepper(step, init)
     stepper.chain(steps=2)
     around_s = fastest_step_s()  # JAX takes a millisecond to call Python and come back
     sleep_s[0] = 0.05
     # 2 %: a sleep never ends early, and ends late where the machine has other work, such as the
-    # other tests; so the fastest of three chains counts.
+    # other tests; so the fastest of twenty counts.
     assert fastest_step_s() - around_s == pytest.approx(0.05, rel=0.02)
-    assert stepper.final_loss() == 25.0
+    assert stepper.final_loss() == 41.0
 
 
 def test_stepper_processor_time_is_what_was_computed_and_not_what_was_slept() -> None:

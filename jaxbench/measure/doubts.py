@@ -12,7 +12,7 @@ import numpy as np
 from jaxbench.machine import Usage
 from jaxbench.measure.paired import step_samples_s
 from jaxbench.measure.protocol import Session, Slot
-from jaxbench.stats import change_point, two_modes
+from jaxbench.stats import trend, two_modes
 
 
 class Kind(StrEnum):
@@ -53,6 +53,7 @@ class Doubt:
 
 
 _DRIFT = 0.03
+_CHANCE = 0.05  # of seeing such a trend where there is none
 _LOAD_CORES = 0.05
 _MODES_EXPLAIN, _MODES_SHARE, _MODES_APART = 0.88, 0.15, 1.03
 _CLOCK = 0.03
@@ -78,15 +79,15 @@ def _of_samples(slot: Slot, samples_s: Sequence[float]) -> Iterator[Doubt]:
             cause=f"{len(samples_s)} chains, fewer than {_FEW}",
             remedy="give a larger --budget-s",
         )
+    factor, chance = trend(samples_s)
+    if abs(factor - 1) > _DRIFT and chance < _CHANCE:
+        yield Doubt(
+            kind=Kind.DRIFT,
+            number=factor - 1,
+            cause=f"the last third takes {factor - 1:+.0%} against the first",
+            remedy="ratios of one session are safe from it; absolute times are not: time again",
+        )
     if len(samples_s) >= 6:
-        _, factor = change_point(samples_s, least=len(samples_s) // 5 or 1)
-        if abs(1 / factor - 1) > _DRIFT:
-            yield Doubt(
-                kind=Kind.DRIFT,
-                number=1 / factor - 1,
-                cause=f"later chains take {1 / factor - 1:+.0%} of what earlier ones took",
-                remedy="ratios of one session are safe from it; absolute times are not: time again",
-            )
         share, smaller, apart = two_modes(samples_s)
         if share > _MODES_EXPLAIN and smaller > _MODES_SHARE and apart > _MODES_APART:
             yield Doubt(
@@ -126,17 +127,15 @@ def _of_machine(session: Session, usage: Usage) -> Iterator[Doubt]:
             cause=f"{usage.swapped_bytes / 2**20:.0f} MiB were swapped",
             remedy="free memory, or take smaller batches",
         )
-    hashes = [probe.hash_cpu_s for probe in session.probes]
-    if len(hashes) >= 6:
-        _, factor = change_point(hashes, least=len(hashes) // 4 or 1)
-        slower = max(1 / factor, factor) - 1
-        if slower > _CLOCK:
-            yield Doubt(
-                kind=Kind.THROTTLED,
-                number=slower,
-                cause=f"a fixed computation on one core changed its speed by {slower:.0%}",
-                remedy="fix the clock (governor performance, no turbo), or cool the machine",
-            )
+    factor, chance = trend([probe.hash_cpu_s for probe in session.probes], length=1)
+    slower = max(1 / factor, factor) - 1
+    if slower > _CLOCK and chance < _CHANCE:
+        yield Doubt(
+            kind=Kind.THROTTLED,
+            number=slower,
+            cause=f"a fixed computation on one core changed its speed by {slower:.0%}",
+            remedy="fix the clock (governor performance, no turbo), or cool the machine",
+        )
 
 
 def _of_process(slot: Slot) -> Iterator[Doubt]:

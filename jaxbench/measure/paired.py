@@ -13,7 +13,7 @@ from jaxbench.stats import Interval, paired_ratio
 
 Rows = Sequence[Sequence[float]]
 
-_LEAST_SHORT = 4  # rounds with short chains
+LEAST_SHORT = 4  # rounds with short chains
 _MOST_SHARE = 0.99
 
 
@@ -26,14 +26,17 @@ def round_ratios(base: Rows, other: Rows) -> list[float]:
     return [math.exp(two[number] - one[number]) for number in sorted(one.keys() & two.keys())]
 
 
-def compare_rows(base: Rows, other: Rows, *, confidence: float = 0.95) -> Interval:
+def compare_rows(
+    base: Rows, other: Rows, *, confidence: float = 0.95, resamples: int = 2000
+) -> Interval:
     """Returns the ratio of other's step time to base's, with its interval.
 
     The constant parts of chains are taken out where they are resolved; what is not known of them
     widens the interval.
     """
-    raw = paired_ratio(round_ratios(base, other), confidence=confidence)
-    one, two = (constant_share(rows, confidence=confidence) for rows in (base, other))
+    settings = {"confidence": confidence, "resamples": resamples}
+    raw = paired_ratio(round_ratios(base, other), **settings)
+    one, two = (constant_share(rows, **settings) for rows in (base, other))
     if not raw.low or not (one.value or two.value):
         return raw
     value = raw.value * (1 - two.value) / (1 - one.value)
@@ -49,7 +52,7 @@ def compare_rows(base: Rows, other: Rows, *, confidence: float = 0.95) -> Interv
     return Interval(value=value, low=value * math.exp(-down), high=value * math.exp(up))
 
 
-def constant_share(rows: Rows, *, confidence: float = 0.95) -> Interval:
+def constant_share(rows: Rows, *, confidence: float = 0.95, resamples: int = 2000) -> Interval:
     """Returns the share of a long chain's time that does not grow with its length.
 
     c / t(K), from t(n) = c + n s and chains of one step and of K steps in the same rounds:
@@ -60,10 +63,12 @@ def constant_share(rows: Rows, *, confidence: float = 0.95) -> Interval:
     steps = max((row[1] for row in rows), default=0)
     longs, shorts = _round_logs(rows, short=False), _round_logs(rows, short=True)
     both = sorted(longs.keys() & shorts.keys())
-    if steps < 2 or len(both) < _LEAST_SHORT:
+    if steps < 2 or len(both) < LEAST_SHORT:
         return nothing
     ratio = paired_ratio(
-        [math.exp(shorts[number] - longs[number]) for number in both], confidence=confidence
+        [math.exp(shorts[number] - longs[number]) for number in both],
+        confidence=confidence,
+        resamples=resamples,
     )
     low, value, high = (
         min((bound - 1) / (steps - 1), _MOST_SHARE)

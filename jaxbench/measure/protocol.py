@@ -21,9 +21,9 @@ from typing import Literal, Protocol
 import numpy as np
 
 from jaxbench.errors import Failure
-from jaxbench.measure.paired import round_ratios
+from jaxbench.measure.paired import LEAST_SHORT, compare_rows
 from jaxbench.measure.stepper import Chain, Probe
-from jaxbench.stats import change_point, paired_ratio
+from jaxbench.stats import change_point
 
 PROTOCOL = "paired-rounds-1"
 PLANTED_SHARE = 0.02
@@ -277,14 +277,18 @@ def is_clock_set(chain: Chain) -> bool:
 
 
 def _is_precise(slots: Sequence[Slot], precision: float) -> bool:
-    """Whether the ratios to the base are known well enough: of its rivals, or of the controls."""
+    """Whether the ratios to the base are known well enough: of its rivals, or of the controls.
+
+    Not before chains of one step have told what chains cost by themselves.
+    """
     base, *rivals = slots[:-2]
     others = [slot for slot in rivals or slots[-2:] if not slot.failure]
-    return bool(others) and all(
-        _half_width(round_ratios(base.rows, slot.rows)) <= precision for slot in others
-    )
+    rounds = base.rows[-1][0] if base.rows else 0
+    if not others or rounds < _SHORT_EVERY * LEAST_SHORT:
+        return False
+    return all(_half_width(base, slot) <= precision for slot in others)
 
 
-def _half_width(ratios: Sequence[float]) -> float:
-    interval = paired_ratio(ratios, resamples=400)
+def _half_width(base: Slot, other: Slot) -> float:
+    interval = compare_rows(base.rows, other.rows, resamples=400)
     return math.log(interval.high / interval.low) / 2 if interval.low else math.inf

@@ -84,8 +84,17 @@ def time_together(
             is_timed = any(row[1] > 1 for row in slot.rows)
             values = _values(slot, session, usage, one) if is_timed else None
             measurement = None if values is None else {"session": name, **values}
-            missing[given.index(one)] = Timed(measurement=measurement, failure=slot.failure)
+            failure = slot.failure
+            if not (measurement or failure or session.ended == "interrupted"):
+                failure = _left_alone(session.candidates[0].name)
+            missing[given.index(one)] = Timed(measurement=measurement, failure=failure)
     return missing, session.ended == "interrupted"
+
+
+def _left_alone(base: str) -> Failure:
+    """Of stage `worker`, so that the next run tries again."""
+    text = f"{base}, against which it was to be timed, failed before; time it without"
+    return Failure(stage="worker", error="NoBase", text=text)
 
 
 def _values(slot: Slot, session: Session, usage: Usage, one: Conversation) -> dict[str, Any]:
