@@ -112,6 +112,7 @@ def _values(slot: Slot, session: Session, usage: Usage, one: Conversation) -> di
         "warm_up": warm_up,
         "final_loss": _final_loss(one),
         "environment": describe_environment(about.get("device", "unknown")),
+        "pinned_threads": about.get("pinned_threads", 0),
         "doubts": [doubt.to_json() for doubt in find_doubts(slot, session, usage)],
         "controls": {
             "planted_share": PLANTED_SHARE,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from jaxbench.compare import compare_rivals
 from jaxbench.record import Record
+from jaxbench.report.measured import session_tables
 from jaxbench.report.tables import (
     Table,
     agreement_table,
@@ -29,6 +30,7 @@ def render_page(title: str, about: str, records: Sequence[Record]) -> str:
         agreement_table(comparisons),
         regret_table(records),
         signal_table(comparisons),
+        *session_tables(records),
         overhead_table(records),
     ]
     made_with = ", ".join(sorted(versions))

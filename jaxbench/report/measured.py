@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxbench.compare import Comparison, Controls, read_controls
+from jaxbench.compare import Comparison, Controls, compare_to_first, read_controls
 from jaxbench.ops import StepOps
 from jaxbench.record import Record
 from jaxbench.report.ops import ops_tables
@@ -25,6 +25,20 @@ def measured_tables(records: Sequence[Record], comparisons: Sequence[Comparison]
     tables += _doubt_tables(timed)
     for record in timed:
         tables += _profile_tables(record)
+    return tables
+
+
+def session_tables(records: Sequence[Record]) -> list[Table]:
+    """Returns the tables of every session in a folder of records, each base first."""
+    sessions: dict[str, list[Record]] = {}
+    for record in records:
+        name = (record.measurement or {}).get("session")
+        if name:
+            sessions.setdefault(name, []).append(record)
+    tables = []
+    for group in sessions.values():
+        group.sort(key=lambda record: record.candidate != (record.measurement or {})["base"])
+        tables += measured_tables(group, compare_to_first(group))
     return tables
 
 
