@@ -37,6 +37,7 @@ KEYS = (
 MEASUREMENT_KEYS = {
     "protocol", "session", "base", "ended", "samples_s", "chains", "first_step_s", "warm_up",
     "final_loss", "environment", "doubts", "controls", "yardstick_s", "memory", "energy", "usage",
+    "pinned_threads",
     "wall_s", "timed_s",
 }  # fmt: skip
 
@@ -93,7 +94,6 @@ def test_cli_help_exits_0_and_imports_nothing_heavy(tmp_path: Path, arguments: l
         ["run", "quickstart", "--jobs", "0"],
         ["run", "quickstart", "--jobs", "two"],
         ["run", "quickstart", "--nonsense"],
-        ["compare", "only-one"],
         ["report", "somewhere"],
         ["list", "nonsense"],
     ],
@@ -247,6 +247,12 @@ def test_cli_run_records_have_every_key_that_scripts_rely_on(tiny: tuple[Path, s
         assert record["versions"]["jax"]
 
 
+def test_cli_compare_of_one_candidate_says_what_is_missing(shared_cache: Path) -> None:
+    code, _, stderr = jaxbench("compare", "only-one", cache=shared_cache)
+    assert code == 2
+    assert "--baseline DIR and --new DIR" in error_line(stderr)
+
+
 def test_cli_run_signals_are_those_that_each_target_has(tiny: tuple[Path, str]) -> None:
     for record in parse(tiny[1])["records"]:
         is_tpu, is_cpu = record["target"] == "tpu-v5e", record["target"] == "cpu"
@@ -344,7 +350,8 @@ def test_cli_flips_and_report_read_the_folder(
     text = page.read_text()
     assert "6 records" in text
     assert "| tiny-cpu-wide |" in text
-    assert text.count("\n## ") == 6
+    # Six of all records; of the session steps, ratios, controls, and doubts if there are any.
+    assert text.count("\n## ") in (9, 10)
 
 
 def test_cli_compare_gives_one_verdict_a_target_with_its_reason(
@@ -845,10 +852,17 @@ def test_profile_writes_files_for_xprof_and_perfetto(shared_cache: Path, tmp_pat
     assert all(Path(written[name]).stat().st_size for name in ("xspace", "trace"))
 
 
-def test_profile_of_a_cpu_step_is_refused(shared_cache: Path, tmp_path: Path) -> None:
-    code, _, stderr = jaxbench(
-        "profile", "tiny-cpu-wide", "--from", TINY, "--target", "cpu", "--logdir", tmp_path,
-        "--out", tmp_path / "out", cache=shared_cache,
+def test_profile_of_a_cpu_step_is_measured_op_by_op(shared_cache: Path, tmp_path: Path) -> None:
+    code, stdout, stderr = jaxbench(
+        "profile", "tiny-cpu-wide", "--from", TINY, "--target", "cpu", "--logdir", tmp_path / "log",
+        "--out", tmp_path / "out", "--json", cache=shared_cache,
     )  # fmt: skip
-    assert code == 2
-    assert "no target to simulate" in error_line(stderr)
+    assert (code, stderr) == (0, "")
+    (record,) = parse(stdout)["records"]
+    profiled = record["measurement"]["ops"]
+    ops = profiled["ops"]
+    seconds = sum(row["measured_s"] or 0.0 for row in ops["rows"])
+    assert seconds == pytest.approx(ops["step_s"], rel=1e-6)
+    assert {group["name"] for group in ops["passes"]} >= {"forward", "backward", "optimizer"}
+    assert Path(profiled["trace"]).is_relative_to(tmp_path / "log")
+    assert Path(profiled["trace"]).stat().st_size
