@@ -235,6 +235,7 @@ def _converse(job: Job, connection: Connection, log: str, parent: int) -> None:
     with contextlib.suppress(EOFError, OSError):
         while kept:
             method, arguments = connection.recv()
+            # B023: the function is called before the loop goes on.
             _answer(connection, lambda: getattr(kept[0], method)(**arguments), "measure")  # noqa: B023
     os._exit(0)
 
