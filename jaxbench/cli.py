@@ -54,6 +54,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     _add_flips(commands)
     _add_validate(commands)
     _add_profile(commands)
+    _add_search(commands)
+    _add_quality(commands)
     _add_report(commands)
     return parser.parse_args(argv[1:])
 
@@ -295,6 +297,89 @@ def _add_profile(commands: Any) -> None:
         "--from", dest="files", nargs="+", default=[], metavar="FILE", help="files that hold it"
     )
     _add_limits(parser, "folder of records.jsonl (default out/CANDIDATE)")
+
+
+def _add_search(commands: Any) -> None:
+    parser = _add(
+        commands, "search", "faster networks of a space, composed from blocks, then whole", _search
+    )
+    parser.add_argument(
+        "space", metavar="SPACE", help="a shipped space, or a Python file with a SPACE"
+    )
+    parser.add_argument("--targets", metavar="T,T", default="tpu-v5e,gpu-h100,cpu")
+    parser.add_argument(
+        "--budget",
+        type=positive_integer,
+        default=500,
+        metavar="N",
+        help="different networks priced (default 500)",
+    )
+    parser.add_argument("--sampler", choices=("nsga2", "tpe", "random"), default="nsga2")
+    parser.add_argument("--seed", type=int, metavar="N", help="of the sampler")
+    parser.add_argument(
+        "--sample",
+        type=positive_integer,
+        default=12,
+        metavar="N",
+        help="random networks compiled whole, to check the composition (default 12)",
+    )
+    parser.add_argument(
+        "--whole",
+        type=positive_integer,
+        default=8,
+        metavar="N",
+        help="networks of the front compiled whole (default 8)",
+    )
+    parser.add_argument(
+        "--bound",
+        type=percentage,
+        default=0.05,
+        metavar="P",
+        help="median composition error above which a target is compiled whole (default 5%%)",
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="also time the front on the targets attached here"
+    )
+    _add_limits(parser, "folder of journal, records and winners (default out/search-SPACE)")
+
+
+def _add_quality(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "quality",
+        "do variants drive as well as their base? paired training runs and a verdict",
+        _quality,
+    )
+    parser.add_argument(
+        "base", metavar="BASE", help="a candidate; or build-data, to make a data set in DIR"
+    )
+    parser.add_argument("variants", nargs="*", metavar="VARIANT", help="candidates, or DIR")
+    parser.add_argument(
+        "--from", dest="files", nargs="+", default=[], metavar="FILE", help="files that hold them"
+    )
+    parser.add_argument(
+        "--data", type=Path, metavar="DIR", help="a data set (default: the small one that ships)"
+    )
+    parser.add_argument("--pairs", type=positive_integer, default=6, metavar="N")
+    parser.add_argument("--steps", type=positive_integer, default=200, metavar="N")
+    parser.add_argument("--batch", type=positive_integer, default=8, metavar="N")
+    parser.add_argument(
+        "--margin",
+        type=float,
+        metavar="M",
+        help="of the metric (default: a quarter of the damage of half the width)",
+    )
+    parser.add_argument(
+        "--together",
+        type=positive_integer,
+        default=1,
+        metavar="N",
+        help="seeds trained side by side in one program",
+    )
+    parser.add_argument(
+        "--scenes", type=positive_integer, default=80, metavar="N", help="of build-data"
+    )
+    _add_limits(parser, "folder of the runs (default out/quality-BASE)")
 
 
 def _add_report(commands: Any) -> None:
@@ -549,6 +634,79 @@ def _validate(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 1 if failed else 0
+
+
+def _search(arguments: argparse.Namespace) -> int:
+    from jaxbench.report.search import search_tables, search_values
+    from jaxbench.report.terminal import progress_line
+    from jaxbench.search.engine import Plan, search
+
+    with progress_line() as progress:
+        found = search(
+            arguments.space,
+            arguments.targets.split(","),
+            out=arguments.out or Path("out") / f"search-{Path(arguments.space).stem}",
+            plan=Plan(
+                budget=arguments.budget,
+                sampler=arguments.sampler,
+                seed=arguments.seed,
+                num_sample=arguments.sample,
+                num_whole=arguments.whole,
+                bound=arguments.bound,
+                measure=arguments.measure,
+            ),
+            limits=_limits(arguments),
+            progress=progress,
+        )
+    _show(arguments, {"values": search_values(found), "tables": search_tables(found)})
+    if not arguments.json:
+        for file in found.files:
+            print(file)
+    return _report_failures(found.records)
+
+
+def _quality(arguments: argparse.Namespace) -> int:
+    from jaxbench.quality.protocol import Plan, judge_named
+    from jaxbench.report.quality import quality_tables
+    from jaxbench.report.terminal import progress_line
+
+    if arguments.base == "build-data":
+        return _build_data(arguments)
+    if not arguments.variants:
+        raise UsageError("quality needs a base and at least one variant, BASE VARIANT...")
+    with progress_line() as progress:
+        judged = judge_named(
+            arguments.base,
+            arguments.variants,
+            files=arguments.files,
+            data=arguments.data,
+            out=arguments.out or Path("out") / f"quality-{arguments.base}",
+            plan=Plan(
+                pairs=arguments.pairs,
+                steps=arguments.steps,
+                batch=arguments.batch,
+                margin=arguments.margin,
+                together=arguments.together,
+            ),
+            limits=_limits(arguments),
+            progress=progress,
+        )
+    _show(arguments, {"values": judged.to_json(), "tables": quality_tables(judged)})
+    return 0
+
+
+def _build_data(arguments: argparse.Namespace) -> int:
+    from jaxbench.quality.build import build_data
+    from jaxbench.report.terminal import progress_line
+
+    if len(arguments.variants) != 1:
+        raise UsageError("build-data needs one folder: jaxbench quality build-data DIR.")
+    folder = Path(arguments.variants[0])
+    with progress_line() as progress:
+        digest = build_data(folder, num_scenes=arguments.scenes, progress=progress)
+    values = {"folder": str(folder), "digest": digest}
+    print(json.dumps(values) if arguments.json else f"{folder}: data {digest}")
+    return 0
 
 
 def _profile(arguments: argparse.Namespace) -> int:

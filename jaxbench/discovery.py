@@ -23,6 +23,7 @@ from jaxbench.errors import CandidateError
 
 _FAMILIES = "jaxbench.models"
 _BLOCKS = "jaxbench.models.blocks"
+_SPACES = "jaxbench.spaces"
 
 
 def family_modules() -> list[str]:
@@ -43,24 +44,34 @@ def describe_candidates(sources: list[str]) -> list[dict[str, Any]]:
     """
     described = []
     for source in sources:
-        module = _load(source)
-        digest = _digest(module)
+        module = load_module(source)
+        digest = source_digest(module)
         for candidate in _candidates(module, source):
             described.append({**candidate.describe(), "module": source, "source_sha256": digest})
     return described
 
 
+def space_modules() -> dict[str, str]:
+    """Returns the module of each shipped search space, by the space's name."""
+    files = (item.name for item in resources.files(_SPACES).iterdir())
+    names = sorted(name[:-3] for name in files if name.endswith(".py") and name != "__init__.py")
+    return {name.replace("_", "-"): f"{_SPACES}.{name}" for name in names}
+
+
 def load_candidate(source: str, name: str) -> Candidate:
     """Loads one candidate by the source and name that `describe_candidates` gave."""
-    for candidate in _candidates(_load(source), source):
+    for candidate in _candidates(load_module(source), source):
         if candidate.name == name:
             return candidate
     raise CandidateError(f"{source} holds no candidate {name!r} any more. Start again.")
 
 
 def load_described(described: Mapping[str, Any]) -> Candidate:
-    """Loads the candidate of a description, with the config and the workload that it gives."""
-    candidate = load_candidate(described["module"], described["name"])
+    """Loads the candidate of a description, with the config and the workload that it gives.
+
+    A network that a search made has the key `of`: the candidate of the file that it was made from.
+    """
+    candidate = load_candidate(described["module"], described.get("of", described["name"]))
     workload = dict(described["workload"])
     workload["inputs"] = tuple(
         (name, Input(**{**given, "shape": tuple(given["shape"])}))
@@ -68,16 +79,22 @@ def load_described(described: Mapping[str, Any]) -> Candidate:
     )
     return dataclasses.replace(
         candidate,
+        name=described["name"],
         config=dataclasses.replace(candidate.config, **described["config"]),
         workload=Workload(**workload),
     )
 
 
-def _load(source: str) -> ModuleType:
+def load_module(source: str) -> ModuleType:
+    """Imports a shipped module by name, or a file by path.
+
+    Raises:
+      CandidateError: if that fails, with how.
+    """
     try:
         return (
             importlib.import_module(source)
-            if source.startswith(_FAMILIES)
+            if source.startswith((_FAMILIES, _SPACES))
             else _load_file(Path(source))
         )
     except CandidateError:
@@ -131,11 +148,11 @@ def _candidates(module: ModuleType, source: str) -> tuple[Candidate, ...]:
     return tuple(found)
 
 
-def _digest(module: ModuleType) -> str:
+def source_digest(module: ModuleType) -> str:
     """Returns the digest of the candidate file's code and of that of its own modules it imports."""
     path = Path(module.__file__ or "")
     files = {path}
-    if module.__name__.startswith(_FAMILIES):
+    if module.__name__.startswith((_FAMILIES, _SPACES)):
         files |= _shipped_blocks(module)
     else:
         loaded = (getattr(other, "__file__", None) for other in list(sys.modules.values()))

@@ -37,6 +37,10 @@ class MeasureError(JaxbenchError):
     """A step ran, but what it gave cannot stand as a measurement."""
 
 
+class DataError(JaxbenchError):
+    """A data set is damaged, is another one than before, or lacks what a task needs."""
+
+
 class StorageError(JaxbenchError):
     """Results could not be written: no space left, or no permission."""
 

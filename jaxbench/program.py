@@ -70,13 +70,13 @@ def build_program(candidate: Candidate, layout: Layout, mesh: Any, platform: str
     step, make = _make_step(candidate, graphdef)
     rules = layout.rules()
     with nnx.logical_axis_rules(rules):
-        state = jax.eval_shape(lambda p, r: _initial_state(workload, p, r), params, rest)
+        state = jax.eval_shape(lambda p, r: initial_state(workload, p, r), params, rest)
         batch = jax.eval_shape(lambda: make_batch(workload, jax.random.key(0)))
-        arguments = (_shard_state(state, rules, mesh), _shard_batch(batch, rules, mesh))
-        traced = _trace(step, arguments, mesh)
+        arguments = (shard_state(state, rules, mesh), _shard_batch(batch, rules, mesh))
+        traced = trace_step(step, arguments, mesh)
         # A new function object: JAX keeps traces by function, and the second one must be another.
         again = functools.partial(step)
-        mathematics = count_mathematics(lambda: _trace(again, arguments, mesh), traced.jaxpr)
+        mathematics = count_mathematics(lambda: trace_step(again, arguments, mesh), traced.jaxpr)
     traced_at = time.perf_counter()
     lowered = traced.lower(lowering_platforms=(platform,))
     text = lowered.as_text()
@@ -111,7 +111,40 @@ def count_forward(candidate: Candidate) -> dict[str, int]:
     }
 
 
-def _trace(step: Callable, arguments: tuple[Any, Any], mesh: Any) -> Any:
+def count_activations(candidate: Candidate) -> int:
+    """Counts the bytes that the backward pass of one batch keeps of its forward pass."""
+    graphdef, params, rest = _abstract_network(candidate)
+    forward, _ = _make_step(
+        dataclasses.replace(
+            candidate, workload=dataclasses.replace(candidate.workload, kind="forward")
+        ),
+        graphdef,
+    )
+    batch = jax.eval_shape(lambda: make_batch(candidate.workload, jax.random.key(0)))
+
+    def loss(params: Any, rest: Any, batch: Any) -> Any:
+        return forward({"params": params, "rest": rest}, batch)
+
+    return count_residuals(loss, params, (rest, batch))
+
+
+def count_residuals(function: Callable, params: Any, others: tuple[Any, ...]) -> int:
+    """Counts the bytes that the gradient of `function(params, *others)` keeps, less parameters.
+
+    Others count as constants, so what is kept of them alone is left out.
+    """
+
+    def keep(params: Any, *others: Any) -> Any:
+        return jax.vjp(lambda p: function(p, *others), params)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(keep, params, *others))
+    total = sum(math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize for leaf in kept)
+    own = sum(math.prod(leaf.shape) * 4 for leaf in jax.tree.leaves(params))
+    return max(0, total - own)
+
+
+def trace_step(step: Callable, arguments: tuple[Any, ...], mesh: Any) -> Any:
+    """Traces `step(state, ...)` on a mesh; what it returns first is the next state, if it trains."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
     out = (shardings, None) if "optimizer" in arguments[0] else None
     # The batch is read again in the next step of a chain, so only the state is donated.
@@ -133,20 +166,22 @@ def _abstract_network(candidate: Candidate) -> tuple[Any, Any, Any]:
     return graphdef, params, rest
 
 
-def _optimizer(workload: Workload) -> optax.GradientTransformation:
+def make_optimizer(workload: Workload) -> optax.GradientTransformation:
+    """Makes the workload's optimiser."""
     return getattr(optax, workload.optimizer)(workload.learning_rate)
 
 
-def _initial_state(workload: Workload, params: Any, rest: Any) -> dict[str, Any]:
+def initial_state(workload: Workload, params: Any, rest: Any) -> dict[str, Any]:
+    """Returns what a step changes: parameters, other state and, if it trains, moments."""
     state = {"params": params, "rest": rest}
     if workload.kind == "train":
-        state["optimizer"] = _optimizer(workload).init(params)
+        state["optimizer"] = make_optimizer(workload).init(params)
     return state
 
 
 def _make_step(candidate: Candidate, graphdef: Any) -> tuple[Callable, Callable]:
     """Returns `step(state, batch)` and `make(key) -> (state, batch)`."""
-    workload, optimizer = candidate.workload, _optimizer(candidate.workload)
+    workload, optimizer = candidate.workload, make_optimizer(candidate.workload)
 
     def loss_of(params: Any, rest: Any, batch: Any) -> tuple[Any, Any]:
         # Variables can be changed only at the trace level that made them: batch statistics are made
@@ -172,7 +207,7 @@ def _make_step(candidate: Candidate, graphdef: Any) -> tuple[Callable, Callable]
         with nnx.use_eager_sharding(False):
             module = candidate.build(candidate.config, nnx.Rngs(params=network_key))
         _, params, rest = nnx.split(module, nnx.Param, ...)
-        return _initial_state(workload, params, rest), make_batch(workload, batch_key)
+        return initial_state(workload, params, rest), make_batch(workload, batch_key)
 
     return (train if workload.kind == "train" else forward), make
 
@@ -190,7 +225,7 @@ def make_batch(workload: Workload, key: Any) -> dict[str, Any]:
     return batch
 
 
-def _shard_state(state: Any, rules: Any, mesh: Any) -> Any:
+def shard_state(state: Any, rules: Any, mesh: Any) -> Any:
     """Puts shardings on parameters by their logical axes; moments follow their parameter."""
     axes_of_rule = dict(rules)
 

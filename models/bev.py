@@ -244,7 +244,7 @@ class CameraEncoder(nnx.Module):
         self.stem = ConvNorm(3, config.stem, stride=2, rngs=rngs)
         strides = (2,) * len(channels)
         self.stages = Stages(config.stem, channels, depths, strides=strides, rngs=rngs)
-        self.head = _pointwise(channels[-1], config.num_bins + config.context, rngs=rngs)
+        self.head = pointwise(channels[-1], config.num_bins + config.context, rngs=rngs)
 
     @jax.named_scope("camera")
     def __call__(self, images: Float[Array, "B N I J 3"]) -> tuple[Depth, Context]:
@@ -265,13 +265,13 @@ class BevEncoder(nnx.Module):
         self.stages = Stages(channels[0], channels, config.bev_depths, strides=strides, rngs=rngs)
         self.merge = ConvNorm(channels[0] + top, top, rngs=rngs)
         self.refine = ConvNorm(top, top // 2, rngs=rngs)
-        self.head = _pointwise(top // 2, 1, rngs=rngs)
+        self.head = pointwise(top // 2, 1, rngs=rngs)
 
     @jax.named_scope("bev")
     def __call__(self, x: Float[Array, "B X Y C"]) -> Float[Array, "B X Y"]:
         skip, *_, x = self.stages(nnx.relu(self.stem(x)))
-        x = jnp.concatenate([skip, _enlarge(x, skip.shape[1] // x.shape[1])], axis=-1)
-        x = _enlarge(nnx.relu(self.merge(x)), 2)
+        x = jnp.concatenate([skip, enlarge(x, skip.shape[1] // x.shape[1])], axis=-1)
+        x = enlarge(nnx.relu(self.merge(x)), 2)
         return self.head(nnx.relu(self.refine(x)))[..., 0]
 
 
@@ -295,7 +295,7 @@ class BevNet(nnx.Module):
         return self.bev(constrain(grid, ("batch", None, None, None)))
 
 
-def _pointwise(num_in: int, num_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
+def pointwise(num_in: int, num_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     """Returns a 1x1 convolution with bias; few channels come out, so only its input is sharded."""
     return nnx.Linear(
         num_in,
@@ -306,7 +306,7 @@ def _pointwise(num_in: int, num_out: int, *, rngs: nnx.Rngs) -> nnx.Linear:
     )
 
 
-def _enlarge(x: Float[Array, "B H W C"], factor: int) -> Float[Array, "B H2 W2 C"]:
+def enlarge(x: Float[Array, "B H W C"], factor: int) -> Float[Array, "B H2 W2 C"]:
     """Repeats every pixel `factor` times along both edges."""
     return jnp.repeat(jnp.repeat(x, factor, axis=1), factor, axis=2)
 
@@ -350,6 +350,18 @@ PAPER = BevConfig(
 
 
 FLEET = dataclasses.replace(PAPER, num_bins=77, extent_m=80)
+DRIVE = BevConfig(
+    stem=16,
+    camera_channels=(32, 64),
+    camera_depths=(2, 2),
+    context=32,
+    num_bins=16,
+    nearest_m=2,
+    bin_m=2,
+    extent_m=32,
+    bev_channels=(32, 64),
+    bev_depths=(2, 2),
+)
 
 
 def _workload(
@@ -403,9 +415,14 @@ FLEET_SOURCE = (
     "no publication: Lift-Splat-Shoot with eight cameras of 960x1280 and a map of 160 m; there the "
     "one-hot product's matrix would have 10 GB"
 )
+DRIVE_SOURCE = (
+    "no publication: the parts of Lift-Splat-Shoot for the simulator's cameras and map, to train "
+    "on two cores"
+)
 
 CANDIDATES: tuple[Candidate, ...] = (
     *_rivals("cpu", CPU, _workload(16, 32, 16, 2), CPU_SOURCE),
+    *_rivals("drive", DRIVE, _workload(48, 128, 64, 8), DRIVE_SOURCE),
     *_rivals("paper", PAPER, _workload(128, 352, 200, 64), PAPER_SOURCE),
     *_rivals(
         "fleet",

@@ -52,7 +52,7 @@ class DecoderConfig:
             )
 
 
-def _weight(
+def weight(
     rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], fan_in: int
 ) -> nnx.Param:
     init = nnx.initializers.normal(fan_in**-0.5)
@@ -91,10 +91,10 @@ class Attention(nnx.Module):
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         self.theta = config.rope_theta
-        self.query = _weight(rngs, (D, N, H), ("embed", "heads", None), D)
-        self.key = _weight(rngs, (D, K, H), ("embed", "kv_heads", None), D)
-        self.value = _weight(rngs, (D, K, H), ("embed", "kv_heads", None), D)
-        self.out = _weight(rngs, (N, H, D), ("heads", None, "embed"), N * H)
+        self.query = weight(rngs, (D, N, H), ("embed", "heads", None), D)
+        self.key = weight(rngs, (D, K, H), ("embed", "kv_heads", None), D)
+        self.value = weight(rngs, (D, K, H), ("embed", "kv_heads", None), D)
+        self.out = weight(rngs, (N, H, D), ("heads", None, "embed"), N * H)
 
     @jax.named_scope("attention")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -121,9 +121,9 @@ class FeedForward(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         D, F = config.embed_dim, config.mlp_dim
-        self.gate = _weight(rngs, (D, F), ("embed", "mlp"), D)
-        self.up = _weight(rngs, (D, F), ("embed", "mlp"), D)
-        self.down = _weight(rngs, (F, D), ("mlp", "embed"), F)
+        self.gate = weight(rngs, (D, F), ("embed", "mlp"), D)
+        self.up = weight(rngs, (D, F), ("embed", "mlp"), D)
+        self.down = weight(rngs, (F, D), ("mlp", "embed"), F)
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -157,7 +157,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.config = config
-        self.table = _weight(
+        self.table = weight(
             rngs, (config.vocab_size, config.embed_dim), ("vocab", "embed"), config.embed_dim
         )
         self.stack: Any
@@ -196,7 +196,14 @@ class Decoder(nnx.Module):
 def token_loss(module: Decoder, batch: dict[str, Any]) -> Float[Array, ""]:
     """Mean cross-entropy of the next token, softmax in float32; `batch["tokens"]` is [B, T + 1]."""
     tokens = batch["tokens"]
-    logits = constrain(module(tokens[:, :-1]), ("batch", None, "vocab"))
+    return cross_entropy(module(tokens[:, :-1]), tokens)
+
+
+def cross_entropy(
+    logits: Float[Array, "B T V"], tokens: Int[Array, "B _"]
+) -> Float[Array, ""]:
+    """Mean cross-entropy, in float32, of logits for the tokens that follow: all but the first."""
+    logits = constrain(logits, ("batch", None, "vocab"))
     logits = logits.astype(jnp.float32)
     picked = jnp.take_along_axis(logits, tokens[:, 1:, None], axis=-1)[..., 0]
     return jnp.mean(jax.nn.logsumexp(logits, axis=-1) - picked)

@@ -5,7 +5,13 @@ import math
 import numpy as np
 import pytest
 
-from jaxbench.measure.paired import compare_rows, constant_share, round_ratios, step_samples_s
+from jaxbench.measure.paired import (
+    chain_ratios,
+    compare_rows,
+    constant_share,
+    round_ratios,
+    step_samples_s,
+)
 
 Row = tuple[int, int, float]
 STEPS = 20
@@ -54,6 +60,23 @@ def test_round_ratios_short_chains_say_nothing() -> None:
 def test_round_ratios_are_the_geometric_mean_of_a_round() -> None:
     base, other = [(0, 2, 1.0), (0, 2, 4.0)], [(0, 2, 3.0), (0, 2, 3.0)]
     assert round_ratios(base, other) == pytest.approx([1.5])
+
+
+def test_chain_ratios_are_first_over_first_and_last_over_last() -> None:
+    base = [(0, 2, 1.0), (0, 2, 4.0), (1, 1, 9.0), (1, 2, 1.0), (1, 2, 1.0), (2, 2, 5.0)]
+    other = [(0, 2, 3.0), (0, 2, 2.0), (1, 2, 2.0), (1, 1, 9.0), (1, 2, 1.5), (2, 2, 5.0)]
+    assert chain_ratios(base, other) == pytest.approx([3.0, 0.5, 2.0, 1.5])
+
+
+def test_chain_ratios_one_disturbed_chain_in_six_leaves_the_ratio() -> None:
+    generator = np.random.default_rng(5)
+
+    def rows(step_s: float) -> list[Row]:
+        factors = np.where(generator.random(400) < 1 / 6, generator.uniform(1.2, 3, 400), 1.0)
+        return [(place // 2, 4, 4 * step_s * factor) for place, factor in enumerate(factors)]
+
+    found = compare_rows(rows(0.01), rows(0.0102))
+    assert found.value == pytest.approx(1.02, abs=1e-6)
 
 
 def drifting(speed: list[float]) -> tuple[list[Row], list[Row]]:

@@ -42,8 +42,8 @@ def test_paired_ratio_constant_ratios_give_it_exactly() -> None:
     assert not paired_ratio([1.0] * 9).excludes(1.0)
 
 
-def test_paired_ratio_is_the_mean_of_the_middle_half_of_logarithms() -> None:
-    logs = [-5.0, -4.0, 0.01, 0.02, 0.03, 0.06, 3.0, 9.0]
+def test_paired_ratio_is_the_mean_of_the_middle_logarithms() -> None:
+    logs = [-5.0, -4.0, -4.0, 0.01, 0.02, 0.03, 0.06, 3.0, 7.0, 9.0]
     assert paired_ratio(np.exp(logs).tolist()).value == pytest.approx(math.exp(0.03), rel=1e-12)
 
 

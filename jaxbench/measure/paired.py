@@ -26,6 +26,21 @@ def round_ratios(base: Rows, other: Rows) -> list[float]:
     return [math.exp(two[number] - one[number]) for number in sorted(one.keys() & two.keys())]
 
 
+def chain_ratios(base: Rows, other: Rows) -> list[float]:
+    """Returns other's step time over base's, two for each round in which both ran whole.
+
+    The first chain of one over the first of the other, and the last over the last: their order is
+    reversed in between, so drift comes in with both signs. What disturbs one chain spoils one ratio
+    of two; in the mean of the round it would spoil the only one.
+    """
+    one, two = _chain_logs(base, short=False), _chain_logs(other, short=False)
+    return [
+        math.exp(b - a)
+        for number in sorted(one.keys() & two.keys())
+        for a, b in zip(one[number], two[number], strict=True)
+    ]
+
+
 def compare_rows(
     base: Rows, other: Rows, *, confidence: float = 0.95, resamples: int = 2000
 ) -> Interval:
@@ -35,7 +50,7 @@ def compare_rows(
     widens the interval.
     """
     settings = {"confidence": confidence, "resamples": resamples}
-    raw = paired_ratio(round_ratios(base, other), **settings)
+    raw = paired_ratio(chain_ratios(base, other), **settings)
     one, two = (constant_share(rows, **settings) for rows in (base, other))
     if not raw.low or not (one.value or two.value):
         return raw
@@ -84,10 +99,17 @@ def step_samples_s(rows: Rows) -> list[float]:
 
 
 def _round_logs(rows: Rows, *, short: bool) -> dict[int, float]:
-    """Mean logarithm of the step time in each round that has as many chains as the fullest."""
+    """Mean logarithm of the step time in each whole round."""
+    return {
+        number: sum(logs) / len(logs) for number, logs in _chain_logs(rows, short=short).items()
+    }
+
+
+def _chain_logs(rows: Rows, *, short: bool) -> dict[int, list[float]]:
+    """Logarithms of the step times in each round that has as many chains as the fullest."""
     found: dict[int, list[float]] = {}
     for row in rows:
         if (row[1] == 1) == short:
             found.setdefault(int(row[0]), []).append(math.log(max(row[2] / row[1], 1e-9)))
     most = max(map(len, found.values()), default=0)
-    return {number: sum(logs) / most for number, logs in found.items() if len(logs) == most}
+    return {number: logs for number, logs in found.items() if len(logs) == most}

@@ -1,12 +1,12 @@
 """Timing candidates against each other on one device: the protocol and its raw times.
 
-Protocol `paired-rounds-1`. Every candidate lives in a process of its own and runs chains of steps
+Protocol `paired-rounds-2`. Every candidate lives in a process of its own and runs chains of steps
 on donated state. A round lets each of them run one chain, in random order, and then one more in the
 opposite order, so that drift of the machine cancels within the round; every fifth round begins
 with chains of one step, so that what every chain costs whatever its length cancels too. The first
 candidate is timed against itself, a control that must show nothing, and against itself with a
-planted slow-down, one that must show it; they take turns, a round each. A session ends when the
-interval of every ratio is narrow enough, or at its budget.
+planted slow-down, one that must show it; they take turns, in the first rounds and in every third
+later on. A session ends when the interval of every ratio is narrow enough, or at its budget.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from jaxbench.measure.paired import LEAST_SHORT, compare_rows
 from jaxbench.measure.stepper import Chain, Probe
 from jaxbench.stats import change_point
 
-PROTOCOL = "paired-rounds-1"
+PROTOCOL = "paired-rounds-2"
 PLANTED_SHARE = 0.02
 
 _CHAIN_S = 0.06
 _MOST_STEPS = 4096
-_SHORT_EVERY = 5  # rounds; odd, so that both controls meet it
+_SHORT_EVERY = 5  # rounds; no divisor in common with twice the next, so that both controls meet it
+_CONTROL_EVERY = 3  # rounds, after the first few; in every one where there is nothing else
 _LEAST_ROUNDS = 8
 _CHECK_S = 1.0  # between two looks at the intervals
 _WARM_CHAIN_S = 0.01
@@ -240,8 +241,11 @@ def _rounds(
     number, looked = 0, clock()
     while not slots[0].failure:
         *candidates, same, planted = slots
-        taking_part = (*candidates, planted if number % 2 else same)
-        live = [slot for slot in taking_part if not slot.failure]
+        live = [slot for slot in candidates if not slot.failure]
+        every = _CONTROL_EVERY if len(live) > 1 and number >= _LEAST_ROUNDS else 1
+        control = planted if number // every % 2 else same
+        if number % every == 0 and not control.failure:
+            live.append(control)
         if len(live) < 2:
             return
         _round(number, generator.sample(live, len(live)), slots[0], probes, energy)

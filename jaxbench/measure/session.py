@@ -11,7 +11,7 @@ from typing import Any
 from jaxbench.errors import Failure
 from jaxbench.machine import Meter, Usage, describe_environment, read_energy
 from jaxbench.measure.doubts import find_doubts
-from jaxbench.measure.paired import round_ratios, step_samples_s
+from jaxbench.measure.paired import chain_ratios, step_samples_s
 from jaxbench.measure.protocol import PLANTED_SHARE, PROTOCOL, Session, Slot, measure_session
 from jaxbench.measure.stepper import Chain, Probe
 from jaxbench.worker import Conversation, Job
@@ -116,8 +116,8 @@ def _values(slot: Slot, session: Session, usage: Usage, one: Conversation) -> di
         "doubts": [doubt.to_json() for doubt in find_doubts(slot, session, usage)],
         "controls": {
             "planted_share": PLANTED_SHARE,
-            "same": _rounded(round_ratios(base.rows, session.same.rows)),
-            "planted": _rounded(round_ratios(base.rows, session.planted.rows)),
+            "same": _rounded(chain_ratios(base.rows, session.same.rows)),
+            "planted": _rounded(chain_ratios(base.rows, session.planted.rows)),
         },
         "yardstick_s": [probe.yardstick_s for probe in session.probes],
         "memory": {

@@ -1,0 +1,178 @@
+"""Builds a data set: MetaDrive drives in an environment of its own, Panda3D draws, we label.
+
+What a seed drives is the same again up to millimetres, but not bit by bit; so data is made once,
+frozen and hashed, and comparisons read only what is frozen.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxbench.cache import cache_dir, storage_errors
+from jaxbench.errors import DataError
+from jaxbench.quality.labels import Geometry, key_frames, label_frame
+from jaxbench.quality.shards import write_data
+from jaxbench.run import Progress
+
+SIMULATOR = "metadrive-simulator==0.4.3"
+_PYTHON = "3.11"
+_TEST_SHARE = 0.25  # of scenes
+_SHARD_SCENES = 10
+_AT_ONCE = 5  # scenes a simulator drives
+_WITHOUT = (
+    "Without it the small data set that ships with jaxbench is there (leave --data out), and "
+    "`jaxbench.quality.readers` reads ScenarioNet folders and camera rigs of your own."
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Rig:
+    """The cameras: evenly spaced around, level, the first looking ahead."""
+
+    cameras: int = 6
+    height: int = 48
+    width: int = 128
+    fov_degrees: int = 70
+
+
+def build_data(
+    folder: Path,
+    *,
+    num_scenes: int,
+    progress: Progress,
+    first_seed: int = 0,
+    num_states: int = 300,
+    rig: Rig | None = None,
+    geometry: Geometry | None = None,
+) -> str:
+    """Drives scenes, draws and labels their key frames, and writes them as frozen shards.
+
+    Args:
+      folder: Of the data set; must not hold one.
+      num_scenes: Each has a seed of its own; a quarter of them is kept for judging.
+      num_states: At most, of one scene, a tenth of a second apart.
+
+    Returns:
+      The data's digest.
+
+    Raises:
+      DataError: if there is no simulator to be had, or it fails.
+    """
+    if (folder / "manifest.json").exists():
+        raise DataError(f"{folder} holds a data set already, and data is frozen. Give another DIR.")
+    python = _make_environment(progress)
+    rig, geometry = rig or Rig(), geometry or Geometry()
+    with tempfile.TemporaryDirectory(prefix="jaxbench-scenes-") as work:
+        scenes = _drive(python, Path(work), first_seed, num_scenes, num_states, progress)
+        frames = []
+        for index, path in enumerate(scenes):
+            frames.append(label_scene(path, index, rig, geometry, python))
+            progress("drawing and labelling", index + 1, len(scenes))
+    return freeze(folder, [one for one in frames if one], rig, geometry, source=SIMULATOR)
+
+
+def freeze(
+    folder: Path,
+    scenes: Sequence[Mapping[str, np.ndarray]],
+    rig: Rig,
+    geometry: Geometry,
+    *,
+    source: str,
+) -> str:
+    """Writes labelled scenes as shards; the last quarter of them is kept for judging."""
+    if len(scenes) < 2:
+        raise DataError(
+            f"{len(scenes)} scenes have key frames; training and judging need one each. Drive more "
+            "or longer scenes."
+        )
+    num_test = max(1, round(_TEST_SHARE * len(scenes)))
+    parts = {"train": scenes[:-num_test], "test": scenes[-num_test:]}
+    shards, tests = {}, []
+    for use, part in parts.items():
+        for start in range(0, len(part), _SHARD_SCENES):
+            name = f"{use}-{start // _SHARD_SCENES:03d}"
+            group = part[start : start + _SHARD_SCENES]
+            shards[name] = {key: np.concatenate([one[key] for one in group]) for key in group[0]}
+            if use == "test":
+                tests.append(name)
+    about = {"source": source, **asdict(rig), **asdict(geometry)}
+    return write_data(folder, shards, about, test=tuple(tests))
+
+
+def label_scene(
+    path: Path, index: int, rig: Rig, geometry: Geometry, python: Path
+) -> dict[str, np.ndarray]:
+    """Returns the key frames of one driven scene, images included; empty if it has none."""
+    with np.load(path) as stored:
+        scene = {name: stored[name] for name in stored.files}
+    frames = key_frames(scene, geometry)
+    if not frames:
+        return {}
+    labelled = [label_frame(scene, at, geometry) for at in frames]
+    arrays = {name: np.stack([one[name] for one in labelled]) for name in labelled[0]}
+    arrays["scene"] = np.full(len(frames), index, np.int32)
+    arrays["frame"] = np.arange(len(frames), dtype=np.int32) + 1000 * index
+    arrays["images"] = _draw(path, frames, rig, python)
+    return arrays
+
+
+def _draw(path: Path, frames: Sequence[int], rig: Rig, python: Path) -> np.ndarray:
+    wanted, drawn = path.with_suffix(".frames.npy"), path.with_suffix(".images.npy")
+    np.save(wanted, np.asarray(frames))
+    size = (rig.height, rig.width, rig.fov_degrees, rig.cameras)
+    _run([str(python), _script("metadrive_cameras.py"), str(path), str(wanted), str(drawn), *map(str, size)])
+    images = np.load(drawn)
+    drawn.unlink()
+    return images
+
+
+def _drive(
+    python: Path, work: Path, first_seed: int, num_scenes: int, num_states: int, progress: Progress
+) -> list[Path]:
+    for start in range(0, num_scenes, _AT_ONCE):
+        size = min(_AT_ONCE, num_scenes - start)
+        arguments = map(str, (work, first_seed + start, size, num_states))
+        _run([str(python), _script("metadrive_scenes.py"), *arguments])
+        progress("driving", start + size, num_scenes)
+    return sorted(work.glob("scene-*.npz"))
+
+
+def _script(name: str) -> str:
+    return str(resources.files("jaxbench.quality") / name)
+
+
+def _make_environment(progress: Progress) -> Path:
+    """Makes the simulator's environment with uv, once, and returns its Python."""
+    folder = cache_dir() / "simulator" / SIMULATOR
+    python, done = folder / "bin" / "python", folder / "complete"
+    if done.exists() and python.exists():
+        return python
+    uv = shutil.which("uv")
+    if uv is None:
+        raise DataError(f"{SIMULATOR} needs uv to make its Python {_PYTHON}. Install uv. {_WITHOUT}")
+    progress("installing the simulator", 0, 1)
+    with storage_errors(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    _run([uv, "venv", "--quiet", "--clear", "--python", _PYTHON, str(folder)])
+    _run([uv, "pip", "install", "--quiet", "--python", str(python), SIMULATOR])
+    done.touch()
+    return python
+
+
+def _run(command: Sequence[str]) -> str:
+    """Runs a command; its failure is one line that says how far one gets without."""
+    ran: Any = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ran.returncode:
+        text = (ran.stderr.strip().splitlines() or ["no word"])[-1][:300]
+        what = " ".join(Path(part).name for part in command[:3])
+        raise DataError(f"{what} ended with exit code {ran.returncode}: {text}. {_WITHOUT}")
+    return ran.stdout

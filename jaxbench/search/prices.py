@@ -1,0 +1,147 @@
+"""What blocks cost on each target: kept in the cache, so that each is compiled once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+from jaxbench import cache
+from jaxbench.compiler import versions_for
+from jaxbench.errors import Failure
+from jaxbench.layout import parse_layout, resolve_layout
+from jaxbench.search.resolved import Resolved
+from jaxbench.target import Target
+from jaxbench.worker import Job, run_jobs
+
+_CODE = ("cost.py", "network.py", "network.toml", "chips.toml", "program.py", "layout.py")
+
+
+class PriceBook:
+    """Prices of blocks by target, from memory, the cache, or a compile."""
+
+    def __init__(
+        self,
+        source: str,
+        digest: str,
+        targets: Sequence[Target],
+        *,
+        cpu_peaks: Mapping[str, float] | None,
+        limits: Any,
+    ) -> None:
+        self._source, self._digest, self._targets = source, digest, targets
+        self._cpu_peaks, self._limits = cpu_peaks, limits
+        self._known: dict[str, dict[str, Any] | Failure] = {}
+        self.num_compiled = 0
+
+    def fill(
+        self,
+        networks: Iterable[Resolved],
+        progress: Callable[[str, int, int], None],
+        *,
+        forward: bool = False,
+    ) -> None:
+        """Compiles what blocks of the networks have no price yet."""
+        jobs: dict[str, Job] = {}
+        for network in networks:
+            for target in self._targets:
+                for block, kind, _ in network.blocks:
+                    key = self._key(network, block, target, forward)
+                    if key not in jobs and self._find(key) is None:
+                        jobs[key] = self._job(network, block, kind, target, key, forward)
+        done, key_of_job = 0, {id(job): key for key, job in jobs.items()}
+        for job, result in run_jobs(list(jobs.values()), num_workers=self._limits.num_workers):
+            done += 1
+            self.num_compiled += 1
+            self._known[key_of_job[id(job)]] = result
+            progress(job.name, done, len(jobs))
+
+    def by_kind(
+        self, network: Resolved, target: Target, *, forward: bool = False
+    ) -> dict[str, float] | str:
+        """Returns the seconds of each kind of block of a priced network, or why there are none."""
+        found: dict[str, float] = {}
+        for block, kind, count in network.blocks:
+            price = self._find(self._key(network, block, target, forward))
+            if price is None or isinstance(price, Failure):
+                why = "it was not priced" if price is None else f"{price.error}: {price.text}"
+                return f"{kind} on {target.name}: {why}"
+            found[kind] = found.get(kind, 0.0) + price["step_s"] * count
+        return found
+
+    def _find(self, key: str) -> dict[str, Any] | Failure | None:
+        if key not in self._known:
+            known = find_price(key)
+            if known is None:
+                return None
+            self._known[key] = known
+        return self._known[key]
+
+    def _key(self, network: Resolved, block: str, target: Target, forward: bool) -> str:
+        work = network.described["workload"]
+        asked = [
+            self._digest,
+            block,
+            [work[name] for name in ("kind", "dtype", "optimizer", "learning_rate")],
+            self._layout(network, target),
+            target.name,
+            forward,
+        ]
+        peaks = self._cpu_peaks if target.kind == "cpu" else None
+        return cache.key_of(asked, peaks, _versions(target), pricing_digest())
+
+    def _layout(self, network: Resolved, target: Target) -> str:
+        return resolve_layout(parse_layout(network.layout), target.num_devices).name
+
+    def _job(
+        self, network: Resolved, block: str, kind: str, target: Target, key: str, forward: bool
+    ) -> Job:
+        return Job(
+            name=f"{kind} on {target.name}",
+            function="jaxbench.search.server:price_in_worker",
+            arguments={
+                "source": self._source,
+                "point": dict(network.point),
+                "block": block,
+                "layout": self._layout(network, target),
+                "target": target.name,
+                "cpu_peaks": self._cpu_peaks if target.kind == "cpu" else None,
+                "key": key,
+                "forward_only": forward,
+            },
+            limit_s=self._limits.limit_s,
+            limit_bytes=self._limits.limit_bytes,
+        )
+
+
+@functools.cache
+def _versions(target: Target) -> dict[str, str]:
+    return versions_for(target)
+
+
+def find_price(key: str) -> dict[str, Any] | None:
+    """Returns a price that the cache keeps."""
+    known = cache.read_entry("blocks", key)
+    return None if known is None else json.loads(known)
+
+
+def keep_price(key: str, price: Mapping[str, Any]) -> None:
+    """Keeps a price in the cache."""
+    cache.write_entry("blocks", key, json.dumps(price).encode())
+
+
+@functools.cache
+def pricing_digest() -> str:
+    """Returns the digest of the code that decides what a block costs."""
+    package = resources.files("jaxbench")
+    files = [
+        *(package / name for name in (*_CODE, "compiler.py")),
+        package / "search" / "blockstep.py",
+        *sorted((package / "predict").iterdir(), key=lambda item: item.name),
+        *sorted((package / "hlo").iterdir(), key=lambda item: item.name),
+    ]
+    texts = [file.read_bytes() for file in files if file.is_file()]
+    return hashlib.sha256(b"\0".join(texts)).hexdigest()
