@@ -19,7 +19,7 @@ from jaxbench.quality.verdict import (
 # Published in the protocol's source note: pairs, margin over deviation, power.
 @pytest.mark.parametrize(("pairs", "ratio", "power"), [(3, 3, 0.93), (6, 1.5, 0.93), (8, 1, 0.81)])
 def test_find_power_of_the_paired_one_sided_test(pairs: int, ratio: float, power: float) -> None:
-    assert find_power(pairs, ratio) == pytest.approx(power, abs=0.005)
+    assert find_power(pairs, ratio) == pytest.approx(power, abs=0.01)  # two digits
 
 
 def test_find_power_is_what_simulated_tests_reach() -> None:

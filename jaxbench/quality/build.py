@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,6 +29,7 @@ _PYTHON = "3.11"
 _TEST_SHARE = 0.25  # of scenes
 _SHARD_SCENES = 10
 _AT_ONCE = 5  # scenes a simulator drives
+_PROCESSES = 2  # simulators, or cameras, side by side
 _WITHOUT = (
     "Without it the small data set that ships with jaxbench is there (leave --data out), and "
     "`jaxbench.quality.readers` reads ScenarioNet folders and camera rigs of your own."
@@ -74,9 +76,14 @@ def build_data(
     with tempfile.TemporaryDirectory(prefix="jaxbench-scenes-") as work:
         scenes = _drive(python, Path(work), first_seed, num_scenes, num_states, progress)
         frames = []
-        for index, path in enumerate(scenes):
-            frames.append(label_scene(path, index, rig, geometry, python))
-            progress("drawing and labelling", index + 1, len(scenes))
+        with ThreadPoolExecutor(_PROCESSES) as pool:
+            labelled = pool.map(
+                lambda given: label_scene(given[1], given[0], rig, geometry, python),
+                enumerate(scenes),
+            )
+            for arrays in labelled:
+                frames.append(arrays)
+                progress("drawing and labelling", len(frames), len(scenes))
     return freeze(folder, [one for one in frames if one], rig, geometry, source=SIMULATOR)
 
 
@@ -138,11 +145,17 @@ def _draw(path: Path, frames: Sequence[int], rig: Rig, python: Path) -> np.ndarr
 def _drive(
     python: Path, work: Path, first_seed: int, num_scenes: int, num_states: int, progress: Progress
 ) -> list[Path]:
-    for start in range(0, num_scenes, _AT_ONCE):
+    def drive(start: int) -> int:
         size = min(_AT_ONCE, num_scenes - start)
         arguments = map(str, (work, first_seed + start, size, num_states))
         _run([str(python), _script("metadrive_scenes.py"), *arguments])
-        progress("driving", start + size, num_scenes)
+        return size
+
+    done = 0
+    with ThreadPoolExecutor(_PROCESSES) as pool:
+        for size in pool.map(drive, range(0, num_scenes, _AT_ONCE)):
+            done += size
+            progress("driving", done, num_scenes)
     return sorted(work.glob("scene-*.npz"))
 
 

@@ -19,6 +19,8 @@ import numpy as np
 
 Scene = Mapping[str, np.ndarray]
 
+_SEGMENTS = 64  # of lanes, looked at together
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
@@ -119,21 +121,27 @@ def draw_lanes(scene: Scene, frame: _Frame, geometry: Geometry) -> np.ndarray:
     cells = _cells(geometry).reshape(-1, 2)
     found = np.zeros(len(cells), bool)
     reach = geometry.extent_m * 1.5
+    starts, ends, halves = [], [], []
     for line, width in centre_lines(scene):
         points = frame.points(line)
-        starts, ends = points[:-1], points[1:]
-        near = np.any(np.abs(points[:-1]) < reach, axis=1)
-        for start, end in zip(starts[near], ends[near], strict=True):
-            found |= _distance(cells, start, end) <= width / 2
+        near = np.all(np.abs(points[:-1]) < reach, axis=1)
+        starts.append(points[:-1][near])
+        ends.append(points[1:][near])
+        halves.append(np.full(near.sum(), width / 2, np.float32))
+    segments = [np.concatenate(parts) for parts in (starts, ends, halves)]
+    for at in range(0, len(segments[2]), _SEGMENTS):
+        start, end, half = (part[at : at + _SEGMENTS] for part in segments)
+        found |= np.any(_distances(cells, start, end) <= half[:, None], axis=0)
     return found.reshape(geometry.edge, geometry.edge).astype(np.uint8)
 
 
-def _distance(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> np.ndarray:
-    """Distance of points [P, 2] from a segment."""
-    along = end - start
-    square = max(float(along @ along), 1e-9)
-    share = np.clip((points - start) @ along / square, 0, 1)
-    return np.linalg.norm(points - start - share[:, None] * along, axis=1)
+def _distances(points: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Distances [S, P] of points [P, 2] from segments [S, 2] to [S, 2]."""
+    along = ends - starts
+    apart = points[None] - starts[:, None]
+    square = np.maximum(np.sum(along**2, axis=1), 1e-9)
+    share = np.clip(np.einsum("spc,sc->sp", apart, along) / square[:, None], 0, 1)
+    return np.linalg.norm(apart - share[..., None] * along[:, None], axis=-1)
 
 
 def draw_boxes(
@@ -143,7 +151,7 @@ def draw_boxes(
     cells = _cells(geometry)
     vehicles = np.zeros(cells.shape[:2], np.uint8)
     occupied = np.zeros(cells.shape[:2], np.uint8)
-    for track in np.flatnonzero(scene["valid"][at])[0:]:
+    for track in np.flatnonzero(scene["valid"][at]):
         if track == 0:
             continue
         x, y, heading, _, _, length, width, height = scene["tracks"][at, track]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jaxbench import cache
@@ -21,8 +21,9 @@ class SpaceServer:
     """What the search asks of a space. Every answer is JSON-ready."""
 
     def __init__(self, source: str) -> None:
-        self.space, self.digest = load_space(source)
-        self._described = _describe_base(self.space, source)
+        module = load_module(source)
+        self.space, self.digest = space_of(module, source), source_digest(module)
+        self._described = _describe_base(self.space, source, getattr(module, "CANDIDATES", ()))
         self._weights: dict[str, Weight] = {}
         self._base: dict[str, float] | None = None
 
@@ -145,27 +146,25 @@ def _whole(candidate: Candidate) -> dict[str, float]:
     }
 
 
-def load_space(source: str) -> tuple[Space, str]:
-    """Loads the `SPACE` of a module or file, checked, with the digest of its code.
+def space_of(module: Any, source: str) -> Space:
+    """Returns the `SPACE` of a module, checked.
 
     Raises:
       CandidateError: if there is none, or it contradicts itself.
     """
-    module = load_module(source)
     space = getattr(module, "SPACE", None)
     if not isinstance(space, Space):
         raise CandidateError(
             f"{source} has no space. Give it a module-level SPACE of jaxbench.search.Space."
         )
     space.check()
-    return space, source_digest(module)
+    return space
 
 
-def _describe_base(space: Space, source: str) -> dict[str, Any]:
+def _describe_base(space: Space, source: str, own: Sequence[Candidate]) -> dict[str, Any]:
     """Finds the base among the file's own candidates or those of its shipped family."""
-    own = getattr(load_module(source), "CANDIDATES", ())
     family = f"jaxbench.models.{space.base.family}"
-    if space.base in own:
+    if space.base.name in {one.name for one in own}:
         places = [source]
     else:
         places = [family] if family in family_modules() else []
@@ -195,7 +194,7 @@ def price_in_worker(
         known = find_price(key)
         if known is not None:
             return known
-        space, _ = load_space(source)
+        space = space_of(load_module(source), source)
         candidate = space.candidate(_as_tuples(space, point))
         wanted, _ = merge_blocks((space.blocks or (lambda _: ()))(candidate))[block]
         price = price_block(
