@@ -351,15 +351,15 @@ PAPER = BevConfig(
 
 FLEET = dataclasses.replace(PAPER, num_bins=77, extent_m=80)
 DRIVE = BevConfig(
-    stem=16,
-    camera_channels=(32, 64),
+    stem=8,
+    camera_channels=(16, 32),
     camera_depths=(2, 2),
-    context=32,
+    context=16,
     num_bins=16,
     nearest_m=2,
     bin_m=2,
     extent_m=32,
-    bev_channels=(32, 64),
+    bev_channels=(16, 32),
     bev_depths=(2, 2),
 )
 

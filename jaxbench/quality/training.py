@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from flax import nnx
 
+from jaxbench.cache import cache_dir
 from jaxbench.candidate import Candidate
 from jaxbench.discovery import load_described
 from jaxbench.quality.shards import Data, read_data
@@ -30,6 +31,8 @@ from jaxbench.quality.tasks import find_task, fit_to_data
 TRAINING = "adamw-cosine-1"
 _WARM_SHARE = 0.05
 _SCORE_BATCH = 16
+# Most of the time would go into optimising code that runs once.
+_QUICK = {"xla_backend_optimization_level": 0}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +78,7 @@ def train_network(
       For each seed `curve`, a list of (samples, metric); `metric`, the last of them; `losses`;
       `diverged`; and `seconds`.
     """
+    jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     frames = read_data(Path(data))
     network, origin = (
         fit_to_data(load_described(one), frames.train, frames.about) for one in (described, base)
@@ -98,10 +102,12 @@ class _Run:
         self._train = self._task.prepare(frames.train, frames.about, network)
         self._test = self._task.prepare(frames.test, frames.about, network)
         self._order = [_order(len(frames.train["scene"]), schedule.batch, seed) for seed in seeds]
-        rate = optax.warmup_cosine_decay_schedule(
+        # The rate is an argument of the step, so that all rates share one program: an update of
+        # AdamW is its rate times what does not depend on it.
+        self._rate = optax.warmup_cosine_decay_schedule(
             0.0, learning_rate, max(1, int(schedule.steps * _WARM_SHARE)), schedule.steps
         )
-        self._optimizer = optax.adamw(rate)
+        self._optimizer = optax.adamw(1.0)
         starts = [initial_parameters(network, origin, seed) for seed in seeds]
         self._graph = starts[0][0]
         self._state = _stacked(
@@ -111,8 +117,8 @@ class _Run:
             ]
         )
         many = len(seeds) > 1
-        self._step = jax.jit(_over(self._one_step, many), donate_argnums=0)
-        self._score = jax.jit(_over(self._one_score, many))
+        self._step = jax.jit(_over(self._one_step, many, (0, 0, None)), donate_argnums=0)
+        self._score = jax.jit(_over(self._one_score, many, (0, 0)))
 
     def go(self, folder: Path | None) -> list[dict[str, Any]]:
         """Trains to the end, from the last checkpoint where there is one."""
@@ -122,7 +128,8 @@ class _Run:
             self._state, done, losses, curve = kept
         points = self._schedule.points()
         while done < self._schedule.steps:
-            self._state, loss = self._step(self._state, self._batch(done))
+            rate = np.float32(self._rate(done + 1))
+            self._state, loss = self._step(self._state, self._batch(done), rate)
             losses.append(np.atleast_1d(np.asarray(loss, np.float64)).tolist())
             done += 1
             if not any(map(math.isfinite, losses[-1])):
@@ -167,7 +174,7 @@ class _Run:
             for at in range(len(self._seeds))
         ]
 
-    def _one_step(self, state: Any, batch: Any) -> tuple[Any, Any]:
+    def _one_step(self, state: Any, batch: Any, rate: Any) -> tuple[Any, Any]:
         def loss(params: Any) -> tuple[Any, Any]:
             # Variables can be changed only at the trace level that made them.
             rest = jax.tree.map(lambda leaf: leaf, state["rest"])
@@ -177,6 +184,7 @@ class _Run:
 
         (value, rest), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
         updates, moments = self._optimizer.update(gradient, state["optimizer"], state["params"])
+        updates = jax.tree.map(lambda update: rate * update, updates)
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "rest": rest, "optimizer": moments}, value
 
@@ -214,7 +222,7 @@ def _build(candidate: Candidate, seed: int) -> tuple[Any, Any, Any]:
     with nnx.use_eager_sharding(False):
         abstract = nnx.eval_shape(lambda: candidate.build(candidate.config, nnx.Rngs(params=0)))
     graph = nnx.split(abstract, nnx.Param, ...)[0]
-    params, rest = jax.jit(make)(jax.random.key(seed))
+    params, rest = jax.jit(make, compiler_options=_QUICK)(jax.random.key(seed))
     return graph, params, rest
 
 
@@ -230,8 +238,8 @@ def _stacked(parts: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
 
-def _over(function: Callable, many: bool) -> Callable:
-    return jax.vmap(function) if many else function
+def _over(function: Callable, many: bool, axes: tuple[int | None, ...]) -> Callable:
+    return jax.vmap(function, in_axes=axes) if many else function
 
 
 def _thinned(values: list[float], most: int = 50) -> list[float]:
