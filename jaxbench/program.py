@@ -144,7 +144,7 @@ def count_residuals(function: Callable, params: Any, others: tuple[Any, ...]) ->
 
 
 def trace_step(step: Callable, arguments: tuple[Any, ...], mesh: Any) -> Any:
-    """Traces `step(state, ...)` on a mesh; what it returns first is the next state, if it trains."""
+    """Traces `step(state, ...)` on a mesh; a training step returns the next state first."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, arguments[0])
     out = (shardings, None) if "optimizer" in arguments[0] else None
     # The batch is read again in the next step of a chain, so only the state is donated.

@@ -34,7 +34,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from jaxbench.candidate import Candidate, Input, Workload, constrain
+from jaxbench.candidate import Candidate, Input, Validity, Workload, constrain
 
 DTYPE = jnp.bfloat16
 
@@ -365,12 +365,19 @@ DRIVE = BevConfig(
 
 
 def _workload(
-    height: int, width: int, edge: int, global_batch: int, *, cameras: int = 6
+    height: int,
+    width: int,
+    edge: int,
+    global_batch: int,
+    *,
+    cameras: int = 6,
+    rate: float = 1e-3,
 ) -> Workload:
     """Returns a training step on some cameras and a square map."""
     images = Input(shape=(cameras, height, width, 3))
     labels = Input(shape=(edge, edge), dtype="int32")
-    return Workload(global_batch=global_batch, inputs=(("images", images), ("labels", labels)))
+    inputs = (("images", images), ("labels", labels))
+    return Workload(global_batch=global_batch, inputs=inputs, learning_rate=rate)
 
 
 CHANGES = {
@@ -406,6 +413,47 @@ def _rivals(
     ]
 
 
+def _drivers() -> list[Candidate]:
+    """Returns the network that trains here, the same with other lifts, and smaller ones."""
+    base = dataclasses.replace(DRIVE, lift="gather")
+
+    def driver(change: str, replaces: str, validity: Validity, **fields: Any) -> Candidate:
+        return Candidate(
+            name=f"bev-drive-{change}",
+            family="bev",
+            size="drive",
+            config=dataclasses.replace(base, **fields),
+            build=build,
+            loss=loss,
+            workload=_workload(48, 128, 64, 8, rate=4e-3),
+            base="bev-drive-gather",
+            replaces=replaces,
+            validity=validity,
+            source=DRIVE_SOURCE,
+        )
+
+    return [
+        driver("gather", "", "base"),
+        driver("segsum", "gather by a segment sum", "T0", lift="segment_sum"),
+        driver("product", "gather by a one-hot product", "T0", lift="product"),
+        driver("shallow", "two blocks a camera stage by one", "T1", camera_depths=(1, 1)),
+        driver("flat", "two blocks a map stage by one", "T1", bev_depths=(1, 1)),
+        driver("thin", "16 channels of a lifted point by 8", "T1", context=8),
+        driver(
+            "early",
+            "two camera stages by one, at half the stride",
+            "T2",
+            camera_channels=(32,),
+            camera_depths=(2,),
+        ),
+        driver("faint", "the camera's width by a quarter", "T2", stem=2, camera_channels=(4, 8)),
+    ]
+
+
+DRIVE_SOURCE = (
+    "no publication: the parts of Lift-Splat-Shoot for the simulator's cameras and map, to train "
+    "on two cores"
+)
 CPU_SOURCE = "Lift-Splat-Shoot's parts, made small to step on two cores"
 PAPER_SOURCE = (
     "Philion and Fidler, Lift-Splat-Shoot, ECCV 2020: images, bins, map and context; the residual "
@@ -415,14 +463,9 @@ FLEET_SOURCE = (
     "no publication: Lift-Splat-Shoot with eight cameras of 960x1280 and a map of 160 m; there the "
     "one-hot product's matrix would have 10 GB"
 )
-DRIVE_SOURCE = (
-    "no publication: the parts of Lift-Splat-Shoot for the simulator's cameras and map, to train "
-    "on two cores"
-)
-
 CANDIDATES: tuple[Candidate, ...] = (
     *_rivals("cpu", CPU, _workload(16, 32, 16, 2), CPU_SOURCE),
-    *_rivals("drive", DRIVE, _workload(48, 128, 64, 8), DRIVE_SOURCE),
+    *_drivers(),
     *_rivals("paper", PAPER, _workload(128, 352, 200, 64), PAPER_SOURCE),
     *_rivals(
         "fleet",

@@ -199,9 +199,7 @@ def token_loss(module: Decoder, batch: dict[str, Any]) -> Float[Array, ""]:
     return cross_entropy(module(tokens[:, :-1]), tokens)
 
 
-def cross_entropy(
-    logits: Float[Array, "B T V"], tokens: Int[Array, "B _"]
-) -> Float[Array, ""]:
+def cross_entropy(logits: Float[Array, "B T V"], tokens: Int[Array, "B _"]) -> Float[Array, ""]:
     """Mean cross-entropy, in float32, of logits for the tokens that follow: all but the first."""
     logits = constrain(logits, ("batch", None, "vocab"))
     logits = logits.astype(jnp.float32)

@@ -237,7 +237,9 @@ def test_search_killed_goes_on_and_loses_nothing(shared_cache: Path, tmp_path: P
         "--bound", "60%", "--json", "--out", out, cache=shared_cache,
     )  # fmt: skip
     journal = out / "journal.log"
-    wait_for(lambda: journal.exists() and journal.read_bytes().count(b'"owner"') >= 4, timeout_s=120)
+    wait_for(
+        lambda: journal.exists() and journal.read_bytes().count(b'"owner"') >= 4, timeout_s=120
+    )
     time.sleep(0.3)
     os.kill(command.process.pid, signal.SIGKILL)
     command.finish()

@@ -45,9 +45,7 @@ def test_space_base_point_is_the_base(space: Space) -> None:
 
 def test_space_point_changes_what_it_names_and_says_so(space: Space) -> None:
     candidate = space.candidate({"widths.0": 64, "widths.1": 128, "kind": "tanh"})
-    assert candidate.config == dataclasses.replace(
-        space.base.config, widths=(64, 128), kind="tanh"
-    )
+    assert candidate.config == dataclasses.replace(space.base.config, widths=(64, 128), kind="tanh")
     assert candidate.replaces == "widths.0 128 -> 64; kind relu -> tanh"
     assert (candidate.validity, candidate.base) == ("T2", "pair-cpu-base")
     only_width = space.candidate({"widths.0": 64, "widths.1": 128, "kind": "relu"})
@@ -101,9 +99,7 @@ def test_server_counts_parameters_flops_and_bands_by_blocks(server: SpaceServer)
     first, second = 32, 192
     params = 64 * first + first + first * second + second + second * 64 + 64
     assert answer["quantities"]["num_params"] == params
-    assert answer["quantities"]["forward_flops"] == 2 * (
-        64 * first + first * second + second * 64
-    )
+    assert answer["quantities"]["forward_flops"] == 2 * (64 * first + first * second + second * 64)
     base = server.describe()["base_quantities"]["num_params"]
     assert answer["violations"] == [pytest.approx(max(0.2 - params / base, params / base - 1.2))]
     assert [kind for _, kind, _ in answer["blocks"]] == ["hidden", "hidden", "last"]
@@ -170,5 +166,3 @@ def test_receptive_field_of_the_bev_base() -> None:
     # 3x3 at stride 2, then stages of two blocks at strides 4 and 8: counted by hand.
     field = 3 + 2 * 2 + 3 * 2 * 4 + 2 * 4 + 3 * 2 * 8
     assert bev_space.receptive_field(bev_space.BASE) == field
-
-

@@ -136,7 +136,16 @@ def _draw(path: Path, frames: Sequence[int], rig: Rig, python: Path) -> np.ndarr
     wanted, drawn = path.with_suffix(".frames.npy"), path.with_suffix(".images.npy")
     np.save(wanted, np.asarray(frames))
     size = (rig.height, rig.width, rig.fov_degrees, rig.cameras)
-    _run([str(python), _script("metadrive_cameras.py"), str(path), str(wanted), str(drawn), *map(str, size)])
+    _run(
+        [
+            str(python),
+            _script("metadrive_cameras.py"),
+            str(path),
+            str(wanted),
+            str(drawn),
+            *map(str, size),
+        ]
+    )
     images = np.load(drawn)
     drawn.unlink()
     return images
@@ -171,7 +180,9 @@ def _make_environment(progress: Progress) -> Path:
         return python
     uv = shutil.which("uv")
     if uv is None:
-        raise DataError(f"{SIMULATOR} needs uv to make its Python {_PYTHON}. Install uv. {_WITHOUT}")
+        raise DataError(
+            f"{SIMULATOR} needs uv to make its Python {_PYTHON}. Install uv. {_WITHOUT}"
+        )
     progress("installing the simulator", 0, 1)
     with storage_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-Scene = Mapping[str, np.ndarray]
+Scene = Mapping[str, Any]
 
 _SEGMENTS = 64  # of lanes, looked at together
 

@@ -26,7 +26,7 @@ _PAINTS = (
 _SHADES = (1.0, 0.82, 0.82, 0.66, 0.66)  # top, two sides, front, back
 
 
-def main(scene_file, frames_file, out_file, height, width, fov, cameras):
+def main(scene_file, frames_file, out_file, *, height, width, fov, cameras):
     scene, frames = np.load(scene_file), np.load(frames_file)
     stage = _Stage(height, width, fov)
     stage.lay_roads(scene)
@@ -50,7 +50,9 @@ class _Stage:
 
         self._base = ShowBase(windowType="offscreen")
         self._base.setBackgroundColor(*_SKY)
-        self._base.camLens.setFov(fov, 2 * np.degrees(np.arctan(np.tan(np.radians(fov) / 2) * height / width)))
+        self._base.camLens.setFov(
+            fov, 2 * np.degrees(np.arctan(np.tan(np.radians(fov) / 2) * height / width))
+        )
         self._base.camLens.setNearFar(0.3, 300.0)
         self._size = (height, width)
         self._cars = None
@@ -63,14 +65,17 @@ class _Stage:
         mesh.add([(centre[0] + a, centre[1] + b, -0.05) for a, b in corners], _GRASS)
         ends = np.cumsum(scene["lane_sizes"])
         lines = []
-        for end, size, width in zip(ends, scene["lane_sizes"], scene["lane_widths"]):
+        for end, size, width in zip(ends, scene["lane_sizes"], scene["lane_widths"], strict=True):
             points = scene["lane_points"][end - size : end]
             left, right = _sides(points, width / 2)
             mesh.strip(left, right, 0.0, _ROAD)
             lines.append((points, width))
         for points, width in lines:  # after the road, and a little above it
             for side in (-1, 1):
-                outer, inner = _sides(points, side * width / 2)[0], _sides(points, side * (width / 2 - 0.15))[0]
+                outer, inner = (
+                    _sides(points, side * width / 2)[0],
+                    _sides(points, side * (width / 2 - 0.15))[0],
+                )
                 mesh.strip(outer, inner, 0.03, _LINE)
         mesh.attach(self._base.render)
 
@@ -110,7 +115,7 @@ class _Mesh:
         self._quads.append((corners, colour))
 
     def strip(self, left, right, height, colour):
-        for a, b, c, d in zip(left[:-1], right[:-1], right[1:], left[1:]):
+        for a, b, c, d in zip(left[:-1], right[:-1], right[1:], left[1:], strict=True):
             self.add([(p[0], p[1], height) for p in (a, b, c, d)], colour)
 
     def box(self, state, colour):
@@ -133,7 +138,7 @@ class _Mesh:
                 for a, b in ((1, 2), (3, 0), (0, 1), (2, 3))
             ),
         ]
-        for face, shade in zip(faces, _SHADES):
+        for face, shade in zip(faces, _SHADES, strict=True):
             self.add(face, tuple(shade * part for part in colour))
 
     def attach(self, parent):
@@ -166,6 +171,10 @@ class _Mesh:
 
 
 if __name__ == "__main__":
-    files = [Path(argument) for argument in sys.argv[1:4]]
-    height, width = int(sys.argv[4]), int(sys.argv[5])
-    main(*files, height, width, float(sys.argv[6]), int(sys.argv[7]))
+    main(
+        *(Path(argument) for argument in sys.argv[1:4]),
+        height=int(sys.argv[4]),
+        width=int(sys.argv[5]),
+        fov=float(sys.argv[6]),
+        cameras=int(sys.argv[7]),
+    )

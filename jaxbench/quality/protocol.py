@@ -261,9 +261,7 @@ class _Judge:
         """Tunes all in the same way; returns which variants are out, and why."""
         base_rate = self._base["workload"]["learning_rate"]
         rates = [base_rate * factor for factor in _RATES]
-        self._train(
-            [(one, rate, _SCREEN_SEED) for one in networks for rate in rates], "screening"
-        )
+        self._train([(one, rate, _SCREEN_SEED) for one in networks for rate in rates], "screening")
         best = {}
         for one in networks:
             metrics = {rate: self._metric(one, rate, _SCREEN_SEED) for rate in rates}
@@ -287,11 +285,7 @@ class _Judge:
 
     def _confirm(self, networks: Sequence[Described]) -> None:
         self._train(
-            [
-                (one, self._rates[one["name"]], seed)
-                for seed in self._seeds()
-                for one in networks
-            ],
+            [(one, self._rates[one["name"]], seed) for seed in self._seeds() for one in networks],
             "confirming",
         )
 
@@ -323,7 +317,9 @@ class _Judge:
         complaint = self._complaint(words, margin) if trained else ""
         verdicts = []
         for one in self._variants:
-            verdicts.append(self._verdict(one, "variant", exact, rejected, paired, words, complaint))
+            verdicts.append(
+                self._verdict(one, "variant", exact, rejected, paired, words, complaint)
+            )
         if trained:
             verdicts += [
                 self._verdict(one, role, {}, {}, paired, words, "") for one, role in controls
@@ -346,7 +342,12 @@ class _Judge:
     def _trained(self, trained: Sequence[Described]) -> list[tuple[str, Described]]:
         if not trained:
             return []
-        everyone = [self._base, self._control, *trained, *([self._rewrite] if self._rewrite else [])]
+        everyone = [
+            self._base,
+            self._control,
+            *trained,
+            *([self._rewrite] if self._rewrite else []),
+        ]
         return [(one["name"], one) for one in everyone if one["name"] in self._rates]
 
     def _complaint(self, words: Mapping[str, str], margin: float | None) -> str:
@@ -455,7 +456,8 @@ class _Judge:
         for (_, rate), (one, seeds) in groups.items():
             for start in range(0, len(seeds), self._plan.together):
                 part = seeds[start : start + self._plan.together]
-                jobs[id(job := self._job(one, rate, part))] = (job, one, rate)
+                job = self._job(one, rate, part)
+                jobs[id(job)] = (job, one, rate)
         done = sum(self._runs.find(self._key(*asked)) is not None for asked in wanted)
         for job, result in run_jobs(
             [job for job, _, _ in jobs.values()], num_workers=self._limits.num_workers
@@ -569,5 +571,3 @@ def _reason(paired: Paired | None) -> str:
         f"damage {paired.mean:+.4f} [{paired.low:+.4f}, {paired.high:+.4f}], margin "
         f"{paired.margin:.4f}, {len(paired.damages)} pairs, power {paired.power:.2f}"
     )
-
-

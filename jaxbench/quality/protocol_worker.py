@@ -63,4 +63,6 @@ def output_shapes(*, described: Mapping[str, Any], data: str) -> list[list[int]]
             f"{text}. Give a network with the base's output."
         ) from error
     wanted = [array.shape for _, array in sorted(batch.items()) if "int" in str(array.dtype)]
-    return [list(shape) for shape in (loss.shape, *(s.shape for s in jax.tree.leaves(sums)), *wanted)]
+    return [
+        list(shape) for shape in (loss.shape, *(s.shape for s in jax.tree.leaves(sums)), *wanted)
+    ]

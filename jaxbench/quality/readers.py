@@ -31,7 +31,7 @@ def read_scenarionet(folder: Path) -> Iterator[tuple[str, Scene]]:
     """
     files = sorted(path for path in folder.rglob("*.pkl") if path.name not in _SUMMARY)
     if not files:
-        raise DataError(f"{folder} holds no scenario (*.pkl). Give a folder that ScenarioNet wrote.")
+        raise DataError(f"{folder} holds no scenario (*.pkl). Give a folder of ScenarioNet.")
     for path in files:
         with path.open("rb") as file:
             try:

@@ -43,7 +43,8 @@ def check_rewrite(
     )
     try:
         errors = [
-            _compare(network, origin, batch) for batch in _batches(origin, frames.train, frames.about)
+            _compare(network, origin, batch)
+            for batch in _batches(origin, frames.train, frames.about)
         ]
     except DataError as error:
         return {"exact": False, "reason": str(error)}
@@ -114,7 +115,8 @@ def _draw(candidate: Candidate) -> Values:
 def _abstract(candidate: Candidate) -> tuple[Any, Any, Any]:
     with nnx.use_eager_sharding(False):
         module = nnx.eval_shape(lambda: candidate.build(candidate.config, nnx.Rngs(params=0)))
-    return nnx.split(module, nnx.Param, ...)
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+    return graph, params, rest
 
 
 def _run(candidate: Candidate, values: Values, batch: Any) -> tuple[float, Values]:
@@ -127,7 +129,10 @@ def _run(candidate: Candidate, values: Values, batch: Any) -> tuple[float, Value
                 f"{values[path].shape} in the base: no exact rewrite of it."
             )
     params = nnx.from_flat_state(
-        [(path, leaf.replace(jnp.asarray(values[path]))) for path, leaf in nnx.to_flat_state(params)]
+        [
+            (path, leaf.replace(jnp.asarray(values[path])))
+            for path, leaf in nnx.to_flat_state(params)
+        ]
     )
     rest = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), rest)
 

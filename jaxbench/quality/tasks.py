@@ -241,7 +241,10 @@ def _prepare_plan(arrays: Arrays, about: Mapping[str, Any], candidate: Candidate
 def _resample(maps: np.ndarray, extent_m: float, forward: np.ndarray, left: np.ndarray) -> Any:
     """Nearest cells of maps [K, X, Y] at places [I] forward and [J] to the left; 0 outside."""
     edge = maps.shape[1]
-    x, y = (np.floor((place + extent_m) * edge / (2 * extent_m)).astype(int) for place in (forward, left))
+    x, y = (
+        np.floor((place + extent_m) * edge / (2 * extent_m)).astype(int)
+        for place in (forward, left)
+    )
     inside = ((x >= 0) & (x < edge))[:, None] & ((y >= 0) & (y < edge))[None, :]
     found = maps[:, np.clip(x, 0, edge - 1)[:, None], np.clip(y, 0, edge - 1)[None, :]]
     return np.where(inside, found, 0)

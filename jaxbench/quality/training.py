@@ -6,7 +6,6 @@ values of all parameters that their networks have in common, by name and shape. 
 
 from __future__ import annotations
 
-
 import math
 import shutil
 import time
@@ -198,7 +197,7 @@ def initial_parameters(network: Candidate, origin: Candidate, seed: int) -> tupl
     graph, params, rest = _build(network, seed)
     if network.config != origin.config:
         _, theirs, _ = _build(origin, seed)
-        known = {path: leaf for path, leaf in nnx.to_flat_state(theirs)}
+        known = dict(nnx.to_flat_state(theirs))
         params = nnx.from_flat_state(
             [
                 (path, known[path] if _fits(leaf, known.get(path)) else leaf)
@@ -299,5 +298,3 @@ class _Keeper:
 
 def _leaves(state: Any) -> dict[str, Any]:
     return {f"{index:05d}": leaf for index, leaf in enumerate(jax.tree.leaves(state))}
-
-

@@ -71,7 +71,7 @@ def judge_pairs(damages: Sequence[float], margin: float) -> Paired:
     n, mean = len(damages), statistics.fmean(damages)
     deviation = statistics.stdev(damages)
     error = max(deviation / math.sqrt(n), 1e-12)
-    reach = stats.t.ppf(CONFIDENCE, n - 1) * error
+    reach = float(stats.t.ppf(CONFIDENCE, n - 1)) * error
     return Paired(
         damages=tuple(damages),
         margin=margin,

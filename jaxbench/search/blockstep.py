@@ -63,7 +63,9 @@ def weigh_block(block: Block) -> Weight:
     traced = jax.jit(forward).trace(params, rest, *arguments)
     # A new function object: JAX keeps traces by function, and the second one must be another.
     again = functools.partial(forward)
-    counted = count_mathematics(lambda: jax.jit(again).trace(params, rest, *arguments), traced.jaxpr)
+    counted = count_mathematics(
+        lambda: jax.jit(again).trace(params, rest, *arguments), traced.jaxpr
+    )
     return Weight(
         num_params=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         forward_flops=counted.flops,
@@ -124,14 +126,10 @@ def _lower(
     workload = dataclasses.replace(workload, kind="forward") if forward_only else workload
     state = jax.eval_shape(lambda p, r: initial_state(workload, p, r), params, rest)
     batch = NamedSharding(mesh, PartitionSpec(dict(rules)["batch"]))
-    arrays = [
-        jax.ShapeDtypeStruct(one.shape, _dtype(one), sharding=batch) for one in block.inputs
-    ]
+    arrays = [jax.ShapeDtypeStruct(one.shape, _dtype(one), sharding=batch) for one in block.inputs]
     with nnx.logical_axis_rules(rules):
         state = shard_state(state, rules, mesh)
-        out = jax.eval_shape(
-            lambda p, r, a: _call(graphdef, p, r, a)[0], params, rest, arrays
-        )
+        out = jax.eval_shape(lambda p, r, a: _call(graphdef, p, r, a)[0], params, rest, arrays)
         if forward_only:
             step, arguments = _forward_step(graphdef), (state, arrays)
         else:
@@ -185,7 +183,8 @@ def _call(graphdef: Any, params: Any, rest: Any, arrays: Any) -> tuple[Any, Any]
 def _abstract_module(block: Block) -> tuple[Any, Any, Any]:
     with nnx.use_eager_sharding(False):
         module = nnx.eval_shape(lambda: block.build(nnx.Rngs(params=0), **block.arguments))
-    return nnx.split(module, nnx.Param, ...)
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+    return graphdef, params, rest
 
 
 def _put(arrays: Any, places: list[int], values: Any) -> list[Any]:

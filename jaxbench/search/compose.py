@@ -48,9 +48,7 @@ class Composition:
         )
 
 
-def fit_composition(
-    blocks: Sequence[Mapping[str, float]], whole_s: Sequence[float]
-) -> Composition:
+def fit_composition(blocks: Sequence[Mapping[str, float]], whole_s: Sequence[float]) -> Composition:
     """Fits how steps follow from blocks.
 
     Args:

@@ -133,7 +133,9 @@ def search(
         if missing := missing_compiler(target.kind):
             raise UsageError(f"Cannot compile for {target.name}: {missing}.")
     check_writable(out)
-    job = Job(name=space, function="jaxbench.search.server:SpaceServer", arguments={"source": source})
+    job = Job(
+        name=space, function="jaxbench.search.server:SpaceServer", arguments={"source": source}
+    )
     with Conversation(job) as server:
         if failure := server.wait_ready():
             raise CandidateError(failure.text)
@@ -197,7 +199,7 @@ class _Line:
             networks, refusals, num_bounded, num_trials = self._explore(trials)
         finally:
             trials.close()
-        base = Network(resolved=self._base, composed_s=self._price(self._base))
+        base = Network(resolved=self._base, composed_s=self._price(self._base) or {})
         front = self._front([base, *networks])
         by_name = {one.resolved.name: one for one in (base, *networks)}
         chosen = [by_name[name].resolved for name in front if name in by_name]
@@ -216,9 +218,7 @@ class _Line:
             compositions=self._compositions,
             whole_targets=tuple(self._whole_targets),
             front=tuple(front),
-            records=tuple(
-                record for record in self._records.values() if record.candidate in names
-            ),
+            records=tuple(record for record in self._records.values() if record.candidate in names),
             files=tuple(str(file) for file in files if file),
             seconds=time.monotonic() - started,
         )
@@ -310,9 +310,7 @@ class _Line:
             if composition.median_error > self._plan.bound:
                 self._whole_targets.append(target.name)
 
-    def _explore(
-        self, trials: Trials
-    ) -> tuple[list[Network], collections.Counter[str], int, int]:
+    def _explore(self, trials: Trials) -> tuple[list[Network], collections.Counter[str], int, int]:
         """Asks and tells until as many networks as planned have a price."""
         networks: dict[str, Network] = {}
         refusals: collections.Counter[str] = collections.Counter()
@@ -456,7 +454,9 @@ class _Line:
         times = {one.resolved.name: one.composed_s for one in networks if one.composed_s}
         front = pareto_front(times)
         first = dict.fromkeys([least_worst(times), *winners(times).values()])
-        rest = sorted((name for name in front if name not in first), key=lambda name: _mean(times, name))
+        rest = sorted(
+            (name for name in front if name not in first), key=lambda name: _mean(times, name)
+        )
         chosen = [name for name in (*first, *rest) if name != self._base.name]
         return chosen[: max(self._plan.num_whole, len(first))]
 
@@ -483,4 +483,3 @@ def _answer(given: Any) -> Any:
     if isinstance(given, Failure):
         raise CandidateError(f"The space's process failed: {given.text}")
     return given
-

@@ -52,9 +52,9 @@ class PriceBook:
                     key = self._key(network, block, target, forward)
                     if key not in jobs and self._find(key) is None:
                         jobs[key] = self._job(network, block, kind, target, key, forward)
-        done, key_of_job = 0, {id(job): key for key, job in jobs.items()}
-        for job, result in run_jobs(list(jobs.values()), num_workers=self._limits.num_workers):
-            done += 1
+        key_of_job = {id(job): key for key, job in jobs.items()}
+        made = run_jobs(list(jobs.values()), num_workers=self._limits.num_workers)
+        for done, (job, result) in enumerate(made, start=1):
             self.num_compiled += 1
             self._known[key_of_job[id(job)]] = result
             progress(job.name, done, len(jobs))

@@ -216,4 +216,3 @@ def _as_tuples(space: Space, point: Point) -> dict[str, Any]:
 
 def _tuple(value: Any) -> Any:
     return tuple(map(_tuple, value)) if isinstance(value, list | tuple) else value
-

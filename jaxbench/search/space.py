@@ -151,9 +151,13 @@ class Space:
         """Raises CandidateError if the space contradicts itself."""
         names = [choice.name for choice in self.choices]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise CandidateError(f"Space {self.name!r} has the choice {twice[0]!r} twice. Join them.")
+            raise CandidateError(
+                f"Space {self.name!r} has the choice {twice[0]!r} twice. Join them."
+            )
         if not names:
-            raise CandidateError(f"Space {self.name!r} has no choices. Give it at least one Choice.")
+            raise CandidateError(
+                f"Space {self.name!r} has no choices. Give it at least one Choice."
+            )
         for choice in self.choices:
             base = self._base_value(choice)
             if base not in choice.values or len(set(map(repr, choice.values))) < len(choice.values):
@@ -195,7 +199,10 @@ class Space:
         field_name, _, index = choice.name.partition(".")
         fields = {item.name for item in dataclasses.fields(self.base.config)}
         value = _found(
-            {name: getattr(self.base.config, name) for name in fields}, field_name, choice, self.name
+            {name: getattr(self.base.config, name) for name in fields},
+            field_name,
+            choice,
+            self.name,
         )
         return value[int(index)] if index else value
 
@@ -219,7 +226,9 @@ def choices_from_variants(base: Candidate, candidates: Sequence[Candidate]) -> t
     for one in candidates:
         if one.base != base.name or one.name == base.name or one.workload != base.workload:
             continue
-        changed = [name for name, value in dataclasses.asdict(one.config).items() if value != own[name]]
+        changed = [
+            name for name, value in dataclasses.asdict(one.config).items() if value != own[name]
+        ]
         if len(changed) == 1:
             values, classes = found.setdefault(changed[0], ([getattr(base.config, changed[0])], []))
             values.append(getattr(one.config, changed[0]))

@@ -59,7 +59,7 @@ class Trials:
         self._study = optuna.create_study(
             storage=storage,
             study_name=described["name"],
-            directions=["minimize"] * len(targets),
+            directions=[optuna.study.StudyDirection.MINIMIZE for _ in targets],
             load_if_exists=True,
             sampler=_sampler(sampler, seed, lambda trial: violations(self._point(trial.params))),
         )
@@ -157,9 +157,11 @@ def _distribution(values: Sequence[Any]) -> Any:
     """Places among the values: ordered where they are numbers, else without order."""
     from optuna.distributions import CategoricalDistribution, IntDistribution
 
-    if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        if list(values) == sorted(values) and len(values) > 1:
-            return IntDistribution(0, len(values) - 1)
+    numbers = all(
+        isinstance(value, int | float) and not isinstance(value, bool) for value in values
+    )
+    if numbers and len(values) > 1 and list(values) == sorted(values):
+        return IntDistribution(0, len(values) - 1)
     return CategoricalDistribution(list(range(len(values))))
 
 
