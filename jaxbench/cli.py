@@ -340,6 +340,9 @@ def _add_search(commands: Any) -> None:
     parser.add_argument(
         "--measure", action="store_true", help="also time the front on the targets attached here"
     )
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="also write a Markdown page and a plot"
+    )
     _add_limits(parser, "folder of journal, records and winners (default out/search-SPACE)")
 
 
@@ -375,6 +378,12 @@ def _add_quality(commands: Any) -> None:
         default=1,
         metavar="N",
         help="seeds trained side by side in one program",
+    )
+    parser.add_argument(
+        "--records", type=Path, metavar="DIR", help="records of these networks, for time to target"
+    )
+    parser.add_argument(
+        "--page", type=Path, metavar="FILE", help="also write a Markdown page with pictures"
     )
     parser.add_argument(
         "--scenes", type=positive_integer, default=80, metavar="N", help="of build-data"
@@ -637,7 +646,7 @@ def _validate(arguments: argparse.Namespace) -> int:
 
 
 def _search(arguments: argparse.Namespace) -> int:
-    from jaxbench.report.search import search_tables, search_values
+    from jaxbench.report.search import search_tables, search_values, write_search_page
     from jaxbench.report.terminal import progress_line
     from jaxbench.search.engine import Plan, search
 
@@ -658,6 +667,8 @@ def _search(arguments: argparse.Namespace) -> int:
             limits=_limits(arguments),
             progress=progress,
         )
+    if arguments.page:
+        write_search_page(arguments.page, found)
     _show(arguments, {"values": search_values(found), "tables": search_tables(found)})
     if not arguments.json:
         for file in found.files:
@@ -666,8 +677,8 @@ def _search(arguments: argparse.Namespace) -> int:
 
 
 def _quality(arguments: argparse.Namespace) -> int:
-    from jaxbench.quality.protocol import Plan, judge_named
-    from jaxbench.report.quality import quality_tables
+    from jaxbench.quality.protocol import Plan, judge_named, target_times
+    from jaxbench.report.quality import quality_tables, write_quality_page
     from jaxbench.report.terminal import progress_line
 
     if arguments.base == "build-data":
@@ -691,7 +702,11 @@ def _quality(arguments: argparse.Namespace) -> int:
             limits=_limits(arguments),
             progress=progress,
         )
-    _show(arguments, {"values": judged.to_json(), "tables": quality_tables(judged)})
+    times = target_times(judged, _read(arguments.records) if arguments.records else [])
+    if arguments.page:
+        write_quality_page(arguments.page, judged, times, arguments.data)
+    values = {**judged.to_json(), "times": times}
+    _show(arguments, {"values": values, "tables": quality_tables(judged, times)})
     return 0
 
 

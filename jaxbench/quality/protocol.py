@@ -25,6 +25,7 @@ from jaxbench.compiler import versions_for
 from jaxbench.errors import DataError, Failure, UsageError
 from jaxbench.quality.control import halve_width
 from jaxbench.quality.shards import packaged_folder
+from jaxbench.quality.target_time import TargetTime, samples_ratio, time_to_target
 from jaxbench.quality.verdict import (
     Paired,
     extra_share,
@@ -33,6 +34,7 @@ from jaxbench.quality.verdict import (
     judge_pairs,
     word_of,
 )
+from jaxbench.record import Record
 from jaxbench.run import Limits, Progress, describe, families_of
 from jaxbench.target import parse_target
 from jaxbench.worker import Job, run_jobs
@@ -94,6 +96,7 @@ class Judged:
     Attributes:
       complaint: Why the test cannot tell; empty if the controls passed.
       margin_samples: The margin as a share of samples, from the base's learning curve.
+      curves: (samples, metric) of every confirmed network, the base among them, pair by pair.
     """
 
     base: str
@@ -107,7 +110,7 @@ class Judged:
     base_curve: tuple[tuple[int, float], ...]
     complaint: str
     verdicts: tuple[Verdict, ...]
-    curves: Mapping[str, tuple[tuple[int, float], ...]] = field(default_factory=dict)
+    curves: Mapping[str, tuple[tuple[tuple[int, float], ...], ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Returns JSON-ready values."""
@@ -175,6 +178,22 @@ def judge_named(
         limits=limits,
         progress=progress,
     )
+
+
+def target_times(judged: Judged, records: Sequence[Record]) -> list[TargetTime]:
+    """Returns times to target of all confirmed variants, where there are records of both."""
+    own = judged.curves.get(judged.base, ())
+    if not own or judged.margin is None:
+        return []
+    reached = [curve[-1][1] for curve in own if curve]
+    target = statistics.fmean(reached) - judged.margin
+    found = []
+    for verdict in judged.verdicts:
+        curves = judged.curves.get(verdict.name, ())
+        if verdict.role == "variant" and any(curves):
+            samples = samples_ratio(zip(own, curves, strict=True), target)
+            found += time_to_target(verdict.name, judged.base, samples, records)
+    return found
 
 
 def _find_rewrite(base: Described, others: Iterable[Described]) -> Described | None:
@@ -336,7 +355,7 @@ class _Judge:
             base_curve=tuple(curve),
             complaint=complaint,
             verdicts=tuple(verdicts),
-            curves={name: tuple(self._mean_curve(one)) for name, one in self._trained(trained)},
+            curves={name: self._curves(one) for name, one in self._trained(trained)},
         )
 
     def _trained(self, trained: Sequence[Described]) -> list[tuple[str, Described]]:
@@ -428,6 +447,15 @@ class _Judge:
             (int(points[0][0]), statistics.fmean(metric for _, metric in points))
             for points in zip(*curves, strict=True)
         ]
+
+    def _curves(self, one: Described) -> tuple[tuple[tuple[int, float], ...], ...]:
+        """Learning curves, a pair each; empty where a run diverged or was not made."""
+        rate = self._rates[one["name"]]
+        runs = [self._runs.find(self._key(one, rate, seed)) for seed in self._seeds()]
+        return tuple(
+            tuple((int(samples), metric) for samples, metric in run["curve"]) if run else ()
+            for run in runs
+        )
 
     def _schedule(self) -> dict[str, int]:
         return {

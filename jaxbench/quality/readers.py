@@ -39,8 +39,8 @@ def read_scenarionet(folder: Path) -> Iterator[tuple[str, Scene]]:
                 yield path.stem, scene_of(scenario)
             except (KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
                 raise DataError(
-                    f"{path} is no ScenarioDescription: {type(error).__name__}: {error}. Convert it "
-                    "with ScenarioNet, or take it out."
+                    f"{path} is no ScenarioDescription: {type(error).__name__}: {error}. Convert "
+                    "it with ScenarioNet, or take it out."
                 ) from error
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from jaxbench.cache import storage_errors
 from jaxbench.compare import compare_rivals
 from jaxbench.record import Record
 from jaxbench.report.measured import session_tables
@@ -36,6 +38,19 @@ def render_page(title: str, about: str, records: Sequence[Record]) -> str:
     made_with = ", ".join(sorted(versions))
     head = f"# {title}\n\n{about}\n\n{len(records)} records. Made with {made_with}.\n"
     return head + "".join(render_table(table) for table in tables)
+
+
+def write_tables(
+    page: Path, title: str, about: str, tables: Sequence[Table], pictures: Mapping[str, bytes]
+) -> None:
+    """Writes a page of tables; pictures, by file name, lie beside it and come first."""
+    with storage_errors(page):
+        page.parent.mkdir(parents=True, exist_ok=True)
+        for name, raw in pictures.items():
+            (page.parent / name).write_bytes(raw)
+        shown = "".join(f"\n![{name.partition('.')[0]}]({name})\n" for name in pictures)
+        body = "".join(render_table(table) for table in tables)
+        page.write_text(f"# {title}\n\n{about}\n{shown}{body}", encoding="utf-8")
 
 
 def render_table(table: Table) -> str:

@@ -4,14 +4,71 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxbench.quality.protocol import Judged, Verdict
+from jaxbench.quality.shards import packaged_folder, read_data
+from jaxbench.quality.target_time import TargetTime
+from jaxbench.report.markdown import write_tables
+from jaxbench.report.picture import frame_picture
 from jaxbench.report.tables import Table
+from jaxbench.stats import Interval
 
 
-def quality_tables(judged: Judged) -> list[Table]:
-    """Returns the verdicts, and what they rest on."""
-    return [_verdict_table(judged), _run_table(judged)]
+def quality_tables(judged: Judged, times: Sequence[TargetTime] = ()) -> list[Table]:
+    """Returns the verdicts, what they rest on, and times to target where there are records."""
+    tables = [_verdict_table(judged), _run_table(judged)]
+    return [*tables, _time_table(judged, times)] if times else tables
+
+
+def write_quality_page(
+    page: Path, judged: Judged, times: Sequence[TargetTime], data: Path | None
+) -> None:
+    """Writes the verdicts as a page, with pictures of key frames."""
+    frames = read_data(data or packaged_folder())
+    size = len(frames.test["scene"])
+    pictures = {
+        f"frame-{number}.png": frame_picture(
+            frames.test, size * (2 * number + 1) // 6, extent_m=frames.about["extent_m"]
+        )
+        for number in range(3)
+    }
+    about = (
+        f"{len(frames.train['scene'])} key frames to train on and {size} to judge by, of "
+        f"{frames.about['source']}; data {frames.digest[:12]}. Flat shading, flat ground, no "
+        "pedestrians: good for comparing architectures, no claim on real roads."
+    )
+    write_tables(
+        page, f"Verdicts against {judged.base}", about, quality_tables(judged, times), pictures
+    )
+
+
+def _time_table(judged: Judged, times: Sequence[TargetTime]) -> Table:
+    rows = [
+        (
+            one.name,
+            one.target,
+            _interval(one.samples),
+            f"{_interval(one.seconds)} {one.signal}",
+            _interval(one.time),
+        )
+        for one in times
+    ]
+    return Table(
+        title="Time to target over the base's",
+        header=("network", "target", "samples", "seconds a sample", "time"),
+        rows=tuple(rows),
+        notes=(
+            f"Target: {judged.metric} of the base less the margin. 95 % intervals; the second is "
+            "that of the signal.",
+        ),
+    )
+
+
+def _interval(found: Interval) -> str:
+    if not math.isfinite(found.value):
+        return "never" if found.value == math.inf else "unknown"
+    return f"{found.value:.2f} [{found.low:.2f}, {found.high:.2f}]"
 
 
 def _verdict_table(judged: Judged) -> Table:

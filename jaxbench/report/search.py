@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
 
+from jaxbench.report.markdown import write_tables
 from jaxbench.report.tables import Table, format_number
 from jaxbench.search.engine import Found, Network
 from jaxbench.search.front import Times, least_worst, pareto_front, regret_table, winners
@@ -122,6 +125,74 @@ def _count_table(found: Found) -> Table:
         for why, num in sorted(found.refusals.items(), key=lambda item: -item[1])[:5]
     )
     return Table(title="What was done", header=("what", "how many"), rows=tuple(rows), notes=notes)
+
+
+def write_search_page(page: Path, found: Found) -> None:
+    """Writes what a search found as a page, with a plot of all networks on the first targets."""
+    about = (
+        f"`jaxbench search {found.space['name']}` around {found.base.resolved.name} "
+        f"({found.space['num_points']:,} points). Predicted, not measured; winners are in "
+        "`networks/` as candidate files."
+    )
+    pictures = {}
+    if len(found.targets) > 1:
+        pictures[f"{page.stem}.svg"] = _scatter(found).encode()
+    write_tables(page, f"Search: {found.space['name']}", about, search_tables(found), pictures)
+
+
+_SIZE, _EDGE = 560, 60
+_TICKS = (0.1, 0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0)
+
+
+def _scatter(found: Found) -> str:
+    """Returns composed times of all networks over the base's, on two targets, as SVG."""
+    across, up = found.targets[:2]
+    base = found.base.composed_s
+    points = {
+        one.resolved.name: (one.composed_s[across] / base[across], one.composed_s[up] / base[up])
+        for one in (found.base, *found.networks)
+    }
+    low = min(value for point in points.values() for value in point) / 1.05
+    high = max(value for point in points.values() for value in point) * 1.05
+
+    def at(value: float) -> float:
+        return _EDGE + math.log(value / low) / math.log(high / low) * (_SIZE - 2 * _EDGE)
+
+    def dot(name: str) -> str:
+        x, y = points[name]
+        colour, radius = "#b8c0cc", 2.5
+        if name == found.base.resolved.name:
+            colour, radius = "#111111", 6.0
+        elif name in found.front:
+            colour, radius = "#d1495b", 4.5
+        return (
+            f'<circle cx="{at(x):.1f}" cy="{_SIZE - at(y):.1f}" r="{radius}" fill="{colour}">'
+            f"<title>{name}: {x:.3f}, {y:.3f}</title></circle>"
+        )
+
+    order = sorted(points, key=lambda name: (name in found.front, name == found.base.resolved.name))
+    ticks = [
+        value for value in (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0) if low < value < high
+    ]
+    lines = "".join(
+        f'<path d="M{at(t):.1f} {_EDGE}V{_SIZE - _EDGE}M{_EDGE} {_SIZE - at(t):.1f}'
+        f'H{_SIZE - _EDGE}" stroke="#e6e9ee"/>'
+        f'<text x="{at(t):.1f}" y="{_SIZE - _EDGE + 16}" text-anchor="middle">{t:g}</text>'
+        f'<text x="{_EDGE - 6}" y="{_SIZE - at(t) + 4:.1f}" text-anchor="end">{t:g}</text>'
+        for t in ticks
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_SIZE} {_SIZE}" '
+        'font-family="sans-serif" font-size="11">'
+        f'<rect width="{_SIZE}" height="{_SIZE}" fill="white"/>{lines}'
+        + "".join(map(dot, order))
+        + f'<text x="{_SIZE / 2}" y="{_SIZE - 16}" text-anchor="middle">time of a sample over the '
+        f"base's, {across}</text>"
+        f'<text x="16" y="{_SIZE / 2}" text-anchor="middle" '
+        f'transform="rotate(-90 16 {_SIZE / 2})">the same, {up}</text>'
+        f'<text x="{_EDGE}" y="24">{len(points):,} networks from blocks: base black, front '
+        "red</text></svg>\n"
+    )
 
 
 def search_values(found: Found) -> dict[str, object]:
