@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -18,6 +19,19 @@ from jaxbench.target import Target
 from jaxbench.worker import Job, run_jobs
 
 _CODE = ("cost.py", "network.py", "network.toml", "chips.toml", "program.py", "layout.py")
+
+
+_TOGETHER = 4  # blocks in a worker
+
+
+@dataclass(frozen=True, slots=True)
+class _Missing:
+    """A block without a price, and a network that has it."""
+
+    network: Resolved
+    block: str
+    kind: str
+    target: Target
 
 
 class PriceBook:
@@ -44,20 +58,26 @@ class PriceBook:
         *,
         forward: bool = False,
     ) -> None:
-        """Compiles what blocks of the networks have no price yet."""
-        jobs: dict[str, Job] = {}
+        """Compiles what blocks of the networks have no price yet, a few of a target in a worker."""
+        missing: dict[str, _Missing] = {}
         for network in networks:
             for target in self._targets:
                 for block, kind, _ in network.blocks:
                     key = self._key(network, block, target, forward)
-                    if key not in jobs and self._find(key) is None:
-                        jobs[key] = self._job(network, block, kind, target, key, forward)
-        key_of_job = {id(job): key for key, job in jobs.items()}
-        made = run_jobs(list(jobs.values()), num_workers=self._limits.num_workers)
-        for done, (job, result) in enumerate(made, start=1):
-            self.num_compiled += 1
-            self._known[key_of_job[id(job)]] = result
-            progress(job.name, done, len(jobs))
+                    if key not in missing and self._find(key) is None:
+                        missing[key] = _Missing(network, block, kind, target)
+        jobs = {}
+        for group in _groups(missing):
+            job = self._job(group, missing, forward)
+            jobs[id(job)] = (job, group)
+        done, made = 0, [job for job, _ in jobs.values()]
+        for job, result in run_jobs(made, num_workers=self._limits.num_workers):
+            _, group = jobs[id(job)]
+            for key in group:
+                self._known[key] = _price_of(key, result)
+            done += len(group)
+            self.num_compiled += len(group)
+            progress(job.name, done, len(missing))
 
     def by_kind(
         self, network: Resolved, target: Target, *, forward: bool = False
@@ -96,25 +116,49 @@ class PriceBook:
     def _layout(self, network: Resolved, target: Target) -> str:
         return resolve_layout(parse_layout(network.layout), target.num_devices).name
 
-    def _job(
-        self, network: Resolved, block: str, kind: str, target: Target, key: str, forward: bool
-    ) -> Job:
+    def _job(self, group: Sequence[str], missing: Mapping[str, _Missing], forward: bool) -> Job:
+        first = missing[group[0]]
         return Job(
-            name=f"{kind} on {target.name}",
+            name=f"{first.kind} on {first.target.name}",
             function="jaxbench.search.server:price_in_worker",
             arguments={
                 "source": self._source,
-                "point": dict(network.point),
-                "block": block,
-                "layout": self._layout(network, target),
-                "target": target.name,
-                "cpu_peaks": self._cpu_peaks if target.kind == "cpu" else None,
-                "key": key,
+                "wanted": [
+                    {
+                        "point": dict(missing[key].network.point),
+                        "block": missing[key].block,
+                        "layout": self._layout(missing[key].network, missing[key].target),
+                        "key": key,
+                    }
+                    for key in group
+                ],
+                "target": first.target.name,
+                "cpu_peaks": self._cpu_peaks if first.target.kind == "cpu" else None,
                 "forward_only": forward,
             },
             limit_s=self._limits.limit_s,
             limit_bytes=self._limits.limit_bytes,
         )
+
+
+def _groups(missing: Mapping[str, _Missing]) -> list[list[str]]:
+    """A target's blocks, `_TOGETHER` at a time: loading a compiler takes seconds."""
+    by_target: dict[str, list[str]] = {}
+    for key, one in missing.items():
+        by_target.setdefault(one.target.name, []).append(key)
+    return [
+        keys[start : start + _TOGETHER]
+        for keys in by_target.values()
+        for start in range(0, len(keys), _TOGETHER)
+    ]
+
+
+def _price_of(key: str, result: Any) -> dict[str, Any] | Failure:
+    """What a worker gave of one block; what it priced before it crashed is kept."""
+    given = result if isinstance(result, Failure) else result[key]
+    if isinstance(given, Failure):
+        return find_price(key) or given
+    return given
 
 
 @functools.cache

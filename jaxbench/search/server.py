@@ -10,11 +10,12 @@ from typing import Any
 from jaxbench import cache
 from jaxbench.candidate import Candidate
 from jaxbench.discovery import describe_candidates, family_modules, load_module, source_digest
-from jaxbench.errors import CandidateError
+from jaxbench.errors import CandidateError, Failure
 from jaxbench.search.block import Block, merge_blocks
 from jaxbench.search.blockstep import Weight, price_block, weigh_block
 from jaxbench.search.prices import find_price, keep_price
 from jaxbench.search.space import Point, Space
+from jaxbench.worker import failure_of
 
 
 class SpaceServer:
@@ -181,26 +182,48 @@ def _describe_base(space: Space, source: str, own: Sequence[Candidate]) -> dict[
 def price_in_worker(
     *,
     source: str,
-    point: Point,
-    block: str,
-    layout: str,
+    wanted: Sequence[Mapping[str, Any]],
     target: str,
     cpu_peaks: Mapping[str, float] | None,
-    key: str,
+    forward_only: bool,
+) -> dict[str, dict[str, Any] | Failure]:
+    """Prices blocks, each unless another process did meanwhile, and keeps each at once.
+
+    Args:
+      source: Module or file of the space.
+      wanted: `block`, the `point` of a network that has it, its resolved `layout`, and its `key`.
+
+    Returns:
+      A price or a failure for each key.
+    """
+    space = space_of(load_module(source), source)
+    prices: dict[str, dict[str, Any] | Failure] = {}
+    for one in wanted:
+        try:
+            prices[one["key"]] = _price(space, one, target, cpu_peaks, forward_only)
+        except Exception as error:  # one block that does not compile is no reason to stop
+            prices[one["key"]] = failure_of(error, stage="compile")
+    return prices
+
+
+def _price(
+    space: Space,
+    wanted: Mapping[str, Any],
+    target: str,
+    cpu_peaks: Mapping[str, float] | None,
     forward_only: bool,
 ) -> dict[str, Any]:
-    """Prices one block of a point's network, unless another process did meanwhile."""
+    key = wanted["key"]
     with cache.locked("blocks", key):
         known = find_price(key)
         if known is not None:
             return known
-        space = space_of(load_module(source), source)
-        candidate = space.candidate(_as_tuples(space, point))
-        wanted, _ = merge_blocks((space.blocks or (lambda _: ()))(candidate))[block]
+        candidate = space.candidate(_as_tuples(space, wanted["point"]))
+        blocks = merge_blocks((space.blocks or (lambda _: ()))(candidate))
         price = price_block(
-            wanted,
+            blocks[wanted["block"]][0],
             workload=candidate.workload,
-            layout=layout,
+            layout=wanted["layout"],
             target=target,
             cpu_peaks=cpu_peaks,
             forward_only=forward_only,
