@@ -214,8 +214,8 @@ class Controls:
 def read_controls(stored: Mapping[str, Any]) -> Controls:
     """Reads the controls of a measurement."""
     return Controls(
-        same=paired_ratio(stored["same"], confidence=_CONTROL),
-        planted=paired_ratio(stored["planted"], confidence=_CONTROL),
+        same=paired_ratio(stored["same"], together=2, confidence=_CONTROL),
+        planted=paired_ratio(stored["planted"], together=2, confidence=_CONTROL),
         planted_share=stored["planted_share"],
     )
 

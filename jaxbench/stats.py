@@ -48,7 +48,11 @@ def median_ratio(first_s: Sequence[float], second_s: Sequence[float]) -> tuple[f
 
 
 def paired_ratio(
-    ratios: Sequence[float], *, confidence: float = 0.95, resamples: int = _RESAMPLES
+    ratios: Sequence[float],
+    *,
+    together: int = 1,
+    confidence: float = 0.95,
+    resamples: int = _RESAMPLES,
 ) -> Interval:
     """Returns the ratio that ratios of one round each tell, with its bootstrap interval.
 
@@ -58,6 +62,7 @@ def paired_ratio(
 
     Args:
       ratios: In the order in which they were taken, each above 0.
+      together: How many of them come from one round; stretches are of whole rounds.
 
     Source: Politis and Romano, "A circular block-resampling procedure", 1992; Wilcox,
       "Introduction to Robust Estimation and Hypothesis Testing", 2012, chapter 4.
@@ -67,7 +72,7 @@ def paired_ratio(
     if logs.size < 4:
         return Interval(value=value, low=0.0, high=math.inf)
     generator = np.random.default_rng(0)
-    length = max(1, round(logs.size ** (1 / 3)))
+    length = together * max(1, round((logs.size / together) ** (1 / 3)))
     starts = generator.integers(0, logs.size, (resamples, -(-logs.size // length)))
     chosen = (starts[:, :, None] + np.arange(length)) % logs.size
     drawn = _trimmed_mean(logs[chosen.reshape(resamples, -1)[:, : logs.size]])

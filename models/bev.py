@@ -352,14 +352,14 @@ PAPER = BevConfig(
 FLEET = dataclasses.replace(PAPER, num_bins=77, extent_m=80)
 DRIVE = BevConfig(
     stem=8,
-    camera_channels=(16, 32),
+    camera_channels=(8, 16),
     camera_depths=(2, 2),
-    context=16,
+    context=8,
     num_bins=16,
     nearest_m=2,
     bin_m=2,
     extent_m=32,
-    bev_channels=(16, 32),
+    bev_channels=(8, 16),
     bev_depths=(2, 2),
 )
 
@@ -425,7 +425,7 @@ def _drivers() -> list[Candidate]:
             config=dataclasses.replace(base, **fields),
             build=build,
             loss=loss,
-            workload=_workload(48, 128, 64, 8, rate=4e-3),
+            workload=_workload(48, 128, 64, 8, rate=8e-3),
             base="bev-drive-gather",
             replaces=replaces,
             validity=validity,
@@ -438,15 +438,15 @@ def _drivers() -> list[Candidate]:
         driver("product", "gather by a one-hot product", "T0", lift="product"),
         driver("shallow", "two blocks a camera stage by one", "T1", camera_depths=(1, 1)),
         driver("flat", "two blocks a map stage by one", "T1", bev_depths=(1, 1)),
-        driver("thin", "16 channels of a lifted point by 8", "T1", context=8),
+        driver("thin", "8 channels of a lifted point by 4", "T1", context=4),
         driver(
             "early",
             "two camera stages by one, at half the stride",
             "T2",
-            camera_channels=(32,),
+            camera_channels=(16,),
             camera_depths=(2,),
         ),
-        driver("faint", "the camera's width by a quarter", "T2", stem=2, camera_channels=(4, 8)),
+        driver("coarse", "depth bins of 2 m by bins of 8 m", "T2", num_bins=4, bin_m=8),
     ]
 
 

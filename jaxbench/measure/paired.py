@@ -50,7 +50,7 @@ def compare_rows(
     widens the interval.
     """
     settings = {"confidence": confidence, "resamples": resamples}
-    raw = paired_ratio(chain_ratios(base, other), **settings)
+    raw = paired_ratio(chain_ratios(base, other), together=2, **settings)
     one, two = (constant_share(rows, **settings) for rows in (base, other))
     if not raw.low or not (one.value or two.value):
         return raw
