@@ -36,6 +36,9 @@ Modules carry `@jax.named_scope`, so that the compiled program can be read by mo
 The stages, each a file: candidate, layout, target, program, compiler, hlo/, cost, network,
 predict/, measure/, record, compare, gate/, report/. `evaluate` strings those up to the prediction
 together in a worker, and `run` runs many.
+
+search/ explores a space of networks: a file with a `SPACE` (`help("jaxbench.search.space")`).
+quality/ trains networks in pairs on frozen driving data and says whether one is as good as another.
 """
 
 from jaxbench.candidate import Candidate, Input, Workload, constrain

@@ -27,14 +27,20 @@ class Composition:
     Attributes:
       constant_s: Of every step.
       coefficients: By kind of block; 1 where a kind was not seen.
-      errors: |composed / whole - 1| of each network compiled whole, composed from a fit without it.
+      signed_errors: composed / whole - 1 of each network compiled whole, composed from a fit
+        without it.
       plain_errors: The same with no fit: sums of block prices.
     """
 
     constant_s: float
     coefficients: Mapping[str, float]
-    errors: tuple[float, ...]
+    signed_errors: tuple[float, ...]
     plain_errors: tuple[float, ...]
+
+    @property
+    def errors(self) -> tuple[float, ...]:
+        """Sizes of the errors."""
+        return tuple(map(abs, self.signed_errors))
 
     @property
     def median_error(self) -> float:
@@ -62,7 +68,7 @@ def fit_composition(blocks: Sequence[Mapping[str, float]], whole_s: Sequence[flo
         return Composition(
             constant_s=0.0,
             coefficients=dict.fromkeys(kinds, 1.0),
-            errors=plain_errors,
+            signed_errors=tuple(sum_s / s - 1 for sum_s, s in zip(plain, whole_s, strict=True)),
             plain_errors=plain_errors,
         )
     scale = float(np.mean(whole_s))
@@ -70,12 +76,12 @@ def fit_composition(blocks: Sequence[Mapping[str, float]], whole_s: Sequence[flo
     rows = np.array([[scale, *(by_kind.get(kind, 0.0) for kind in kinds)] for by_kind in blocks])
     rows = rows / np.asarray(whole_s)[:, None]
     prior = np.array([0.0, *[1.0] * len(kinds)])
-    ridge = min(_RIDGES, key=lambda ridge: float(np.median(_left_out(rows, prior, ridge))))
+    ridge = min(_RIDGES, key=lambda ridge: float(np.median(np.abs(_left_out(rows, prior, ridge)))))
     fitted = _solve(rows, prior, ridge)
     return Composition(
         constant_s=float(fitted[0]) * scale,
         coefficients={kind: float(c) for kind, c in zip(kinds, fitted[1:], strict=True)},
-        errors=tuple(float(error) for error in _left_out(rows, prior, ridge)),
+        signed_errors=tuple(float(error) for error in _left_out(rows, prior, ridge)),
         plain_errors=plain_errors,
     )
 
@@ -87,8 +93,8 @@ def _solve(rows: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
 
 
 def _left_out(rows: np.ndarray, prior: np.ndarray, ridge: float) -> np.ndarray:
-    """|prediction - 1| of each row by a fit to the others."""
+    """Prediction - 1 of each row by a fit to the others."""
     gram = rows.T @ rows + ridge * np.eye(rows.shape[1])
     hat = np.einsum("ij,jk,ik->i", rows, np.linalg.inv(gram), rows)
     residual = 1 - rows @ _solve(rows, prior, ridge)
-    return np.abs(residual / np.maximum(1 - hat, 1e-9))
+    return -residual / np.maximum(1 - hat, 1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 import random
 import time
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jaxbench.cache import storage_errors
 from jaxbench.compiler import versions_for
 from jaxbench.discovery import space_modules
 from jaxbench.errors import CandidateError, Failure, UsageError
@@ -309,6 +311,24 @@ class _Line:
             self._compositions[target.name] = composition
             if composition.median_error > self._plan.bound:
                 self._whole_targets.append(target.name)
+        self._keep_sample(sample)
+
+    def _keep_sample(self, sample: Sequence[Resolved]) -> None:
+        """Writes the sample's seconds by target, whole and composed from fits without each."""
+        kept: dict[str, dict[str, dict[str, float]]] = {"whole_s": {}, "composed_s": {}}
+        for target in self._targets:
+            errors = iter(self._compositions[target.name].signed_errors)
+            for one in sample:
+                by_kind, record = self._book.by_kind(one, target), self._record(one, target)
+                if isinstance(by_kind, dict) and record and record.prediction:
+                    step_s = record.prediction["step_s"]
+                    kept["whole_s"].setdefault(one.name, {})[target.name] = step_s / one.samples
+                    kept["composed_s"].setdefault(one.name, {})[target.name] = (
+                        step_s * (1 + next(errors)) / one.samples
+                    )
+        path = self._out / "sample.json"
+        with storage_errors(path):
+            path.write_text(json.dumps(kept), encoding="utf-8")
 
     def _explore(self, trials: Trials) -> tuple[list[Network], collections.Counter[str], int, int]:
         """Asks and tells until as many networks as planned have a price."""
