@@ -1,4 +1,4 @@
-"""ScenarioNet scenes become the arrays that labels are made of; data without a simulator says so."""
+"""ScenarioNet scenes become arrays that labels are made of; without a simulator it says so."""
 
 import pickle
 from pathlib import Path
@@ -57,7 +57,7 @@ def test_scene_of_a_scenario_has_the_ego_first_and_vehicles_after() -> None:
     assert scene["tracks"][5, 1, 0] == 17
     assert float(scene["dt"]) == pytest.approx(0.1)
     assert scene["lane_sizes"].tolist() == [90]
-    labels = label_frame(scene, 20, Geometry())
+    labels = label_frame(scene, 15, Geometry())
     assert labels["vehicles"][44].any()  # 12 m ahead
     assert labels["drivable"][:, 32].all()
 
