@@ -302,7 +302,8 @@ def _search(arguments: argparse.Namespace) -> int:
 
 
 def _quality(arguments: argparse.Namespace) -> int:
-    from jaxbench.quality.protocol import Plan, judge_named, target_times
+    from jaxbench.quality.judged import Plan, target_times
+    from jaxbench.quality.protocol import judge_named
     from jaxbench.report.quality import quality_tables, write_quality_page
     from jaxbench.report.terminal import progress_line
 

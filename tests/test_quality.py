@@ -1,9 +1,11 @@
 """The verdict's protocol with a fake trainer, and the real trainer on the data that ships."""
 
 import dataclasses
+import json
 import math
 import random
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import shared_cache
+from commands import error_line, jaxbench, shared_cache
 from flax import nnx
 
 from jaxbench.discovery import describe_candidates, load_described
@@ -22,6 +24,7 @@ from jaxbench.quality import protocol, protocol_worker, training
 from jaxbench.quality.protocol import Judged, Plan, judge, read_runs
 from jaxbench.quality.protocol_worker import describe_task, output_shapes
 from jaxbench.quality.shards import packaged_folder, read_data
+from jaxbench.quality.static import check_rewrite
 from jaxbench.quality.tasks import find_task, fit_to_data
 from jaxbench.quality.tokens import draw_tokens
 from jaxbench.run import Limits
@@ -279,6 +282,14 @@ def test_forecast_and_planner_paths_are_the_recorded_way(frames: Any) -> None:
         assert np.abs(forward - way[..., 0]).max() < 0.5
 
 
+def test_check_rewrite_proves_a_rewrite_and_refuses_another_function() -> None:
+    exact = check_rewrite(described=REWRITE, base=BASE, data=str(DATA))
+    assert exact["exact"], exact["reason"]
+    other = check_rewrite(described=THIN, base=BASE, data=str(DATA))
+    assert not other["exact"]
+    assert "no exact rewrite of it" in other["reason"]
+
+
 def test_output_shapes_of_a_network_that_answers_another_question(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -372,3 +383,28 @@ def test_tokens_repeat_phrases_and_are_the_same_for_a_seed() -> None:
     assert first.max() < 256
     np.testing.assert_array_equal(first, draw_tokens(np.arange(3), 300, vocab_size=256))
     assert (first[0] != first[1]).any()
+
+
+def test_quality_command_on_exact_rewrites_and_bad_input(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    code, stdout, stderr = jaxbench(
+        "quality", "bev-cpu-segsum", "bev-cpu-gather", "--json", "--out", out, cache=shared_cache
+    )
+    assert (code, stderr) == (0, "")
+    (verdict,) = json.loads(stdout)["verdicts"]
+    assert (verdict["name"], verdict["word"]) == ("bev-cpu-gather", "exact")
+    code, _, stderr = jaxbench("quality", "bev-cpu-segsum", "bev-cpu-none", cache=shared_cache)
+    assert code == 2
+    assert "No candidate 'bev-cpu-none'" in error_line(stderr)
+    damaged = tmp_path / "damaged"
+    shutil.copytree(DATA, damaged)
+    path = damaged / "test-000.npz"
+    path.write_bytes(path.read_bytes()[:-1])
+    code, _, stderr = jaxbench(
+        "quality", "bev-cpu-segsum", "bev-cpu-gather", "--data", damaged, "--out", out,
+        cache=shared_cache,
+    )  # fmt: skip
+    assert code == 1
+    assert "test-000.npz is damaged: its digest is" in error_line(stderr)

@@ -30,7 +30,7 @@ def describe_task(*, described: Mapping[str, Any], data: str) -> dict[str, Any]:
 
 
 def output_shapes(*, described: Mapping[str, Any], data: str) -> list[list[int]]:
-    """Returns the shapes of a network's loss, of its score's sums and of the labels.
+    """Returns the shapes of all arrays that a network puts out, on two key frames.
 
     Raises:
       DataError: if its output does not go with the task's labels.
@@ -47,22 +47,33 @@ def output_shapes(*, described: Mapping[str, Any], data: str) -> list[list[int]]
         module = nnx.eval_shape(lambda: candidate.build(candidate.config, nnx.Rngs(params=0)))
     graph, state = nnx.split(module)
 
-    def run(state: Any, batch: Any) -> Any:
-        return task.score(nnx.merge(graph, state), batch)
+    outputs: list[list[int]] = []
 
-    def lose(state: Any, batch: Any) -> Any:
-        return candidate.loss(nnx.merge(graph, state), batch)
+    def run(state: Any, batch: Any) -> Any:
+        module = nnx.merge(graph, state)
+        return task.score(_Listened(module, outputs), batch), candidate.loss(module, batch)
 
     try:
-        sums = jax.eval_shape(run, state, batch)
-        loss = jax.eval_shape(lose, state, batch)
+        jax.eval_shape(run, state, batch)
     except (TypeError, ValueError) as error:
         text = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise DataError(
             f"What {candidate.name} puts out does not go with the labels of the task {task.name}: "
             f"{text}. Give a network with the base's output."
         ) from error
-    wanted = [array.shape for _, array in sorted(batch.items()) if "int" in str(array.dtype)]
-    return [
-        list(shape) for shape in (loss.shape, *(s.shape for s in jax.tree.leaves(sums)), *wanted)
-    ]
+    return outputs
+
+
+class _Listened:
+    """A network whose outputs' shapes are kept when it is called."""
+
+    def __init__(self, module: Any, outputs: list[list[int]]) -> None:
+        self._module, self._outputs = module, outputs
+
+    def __call__(self, *arguments: Any) -> Any:
+        given = self._module(*arguments)
+        self._outputs += [list(leaf.shape) for leaf in jax.tree.leaves(given)]
+        return given
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)

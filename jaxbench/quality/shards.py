@@ -111,7 +111,12 @@ def read_data(folder: Path) -> Data:
             f"{folder} holds no {MANIFEST}. `jaxbench quality build-data {folder}` makes one, and "
             "without --data the small set that ships with jaxbench is read."
         ) from error
-    manifest = json.loads(text)
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise DataError(
+            f"{path} is damaged: {error}. Get it back or build the data again."
+        ) from error
     if manifest.get("version") != VERSION:
         raise DataError(
             f"{path} is of version {manifest.get('version')}; this jaxbench reads {VERSION}. Build "

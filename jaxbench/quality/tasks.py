@@ -70,7 +70,7 @@ def fit_to_data(candidate: Candidate, arrays: Arrays, about: Mapping[str, Any]) 
     task = find_task(candidate)
     fields = {field.name for field in dataclasses.fields(candidate.config)}
     geometry = {
-        name: type(getattr(candidate.config, name))(about[name])
+        name: _as_kind_of(getattr(candidate.config, name), about[name], name)
         for name in _GEOMETRY
         if name in fields and name in about
     }
@@ -86,6 +86,17 @@ def fit_to_data(candidate: Candidate, arrays: Arrays, about: Mapping[str, Any]) 
     return dataclasses.replace(
         candidate, workload=dataclasses.replace(candidate.workload, inputs=inputs)
     )
+
+
+def _as_kind_of(own: Any, value: float, name: str) -> Any:
+    """Returns the data's value as the config has it, which may be whole."""
+    kept = type(own)(value)
+    if kept != value:
+        raise DataError(
+            f"The data has {name}={value}, and the network's config takes whole numbers there. "
+            "Build the data with one."
+        )
+    return kept
 
 
 # --- Bird's-eye view ------------------------------------------------------------------------------

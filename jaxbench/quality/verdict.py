@@ -117,12 +117,12 @@ def word_of(paired: Paired, adjusted_p: float) -> Word:
 
 
 def find_margin(control_damages: Sequence[float]) -> float | None:
-    """Returns a quarter of the negative control's mean damage; None where it did none."""
-    finite = [damage for damage in control_damages if math.isfinite(damage)]
-    if not finite:
-        return None
-    margin = MARGIN_SHARE * statistics.fmean(finite)
-    return margin if margin > 0 else None
+    """Returns a quarter of the negative control's mean damage; None where it is not positive.
+
+    None as well where it diverged: that says nothing about how much is tolerable.
+    """
+    margin = MARGIN_SHARE * statistics.fmean(control_damages)
+    return margin if margin > 0 and math.isfinite(margin) else None
 
 
 def extra_share(curve: Sequence[tuple[int, float]], margin: float) -> float | None:

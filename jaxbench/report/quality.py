@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxbench.quality.protocol import Judged, Verdict
+from jaxbench.quality.judged import Judged, Verdict
 from jaxbench.quality.shards import packaged_folder, read_data
 from jaxbench.quality.target_time import TargetTime
 from jaxbench.report.markdown import write_tables
@@ -115,11 +115,11 @@ def _run_table(judged: Judged) -> Table:
         if verdict.metrics:
             rate = f"{verdict.learning_rate:g}" if verdict.learning_rate else "-"
             rows.append((verdict.role, verdict.name, *_metrics(verdict.metrics), rate))
-    width = max((len(judged.base_metrics), 0))
+    width = len(judged.base_metrics)
     return Table(
         title=f"{judged.metric}, one run a column",
         header=("role", "network", *(f"pair {n + 1}" for n in range(width)), "learning rate"),
-        rows=tuple(row for row in rows if len(row) == width + 3),
+        rows=tuple(rows),
         notes=(
             f"{judged.plan.steps} steps of {judged.plan.batch} key frames; data "
             f"{judged.data_digest[:12]}.",

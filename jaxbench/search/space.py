@@ -23,7 +23,8 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 from jaxbench.cache import key_of
 from jaxbench.candidate import Candidate, Validity
@@ -51,7 +52,7 @@ class Choice:
 
     name: str
     values: tuple[Any, ...]
-    validity: Literal["T0", "T1", "T2"] = "T1"
+    validity: Validity = "T1"
     change: Callable[[Any, Any], Any] | None = None
 
 
@@ -109,13 +110,13 @@ class Space:
         for choice in changed:
             value = point[choice.name]
             if choice.change is not None:
-                config = _configured(choice, lambda c=choice, v=value, k=config: c.change(k, v))  # type: ignore[misc]
+                config = _configured(choice, choice.change, config, value)
             elif choice.name == "global_batch":
                 workload = dataclasses.replace(workload, global_batch=value)
             elif choice.name.startswith("inputs."):
                 workload = _with_shape(workload, choice.name.removeprefix("inputs."), value)
             elif choice.name != "layout":
-                config = _configured(choice, lambda c=choice, v=value, k=config: _set(k, c.name, v))
+                config = _configured(choice, partial(_set, choice.name), config, value)
         if not changed:
             return self.base
         return dataclasses.replace(
@@ -234,7 +235,7 @@ def choices_from_variants(base: Candidate, candidates: Sequence[Candidate]) -> t
             values.append(getattr(one.config, changed[0]))
             classes.append(one.validity)
     return tuple(
-        Choice(name, tuple(dict.fromkeys(values)), validity=max(classes, key=CLASSES.index))  # type: ignore[arg-type]
+        Choice(name, tuple(dict.fromkeys(values)), validity=max(classes, key=CLASSES.index))
         for name, (values, classes) in found.items()
     )
 
@@ -254,14 +255,14 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _configured(choice: Choice, make: Callable[[], Any]) -> Any:
+def _configured(choice: Choice, change: Callable[[Any, Any], Any], config: Any, value: Any) -> Any:
     try:
-        return make()
+        return change(config, value)
     except (ValueError, TypeError, IndexError) as error:
         raise CandidateError(f"{choice.name}: {error}") from error
 
 
-def _set(config: Any, name: str, value: Any) -> Any:
+def _set(name: str, config: Any, value: Any) -> Any:
     name, _, index = name.partition(".")
     if index:
         items = list(getattr(config, name))
