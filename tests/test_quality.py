@@ -18,11 +18,13 @@ from commands import error_line, jaxbench, shared_cache
 from flax import nnx
 
 from jaxbench.discovery import describe_candidates, load_described
-from jaxbench.errors import DataError, Failure
+from jaxbench.errors import DataError, Failure, UsageError
 from jaxbench.models import bev, planner
 from jaxbench.quality import protocol, protocol_worker, training
-from jaxbench.quality.protocol import Judged, Plan, judge, read_runs
+from jaxbench.quality.judged import Judged, Plan
+from jaxbench.quality.protocol import judge
 from jaxbench.quality.protocol_worker import describe_task, output_shapes
+from jaxbench.quality.runs import read_runs
 from jaxbench.quality.shards import packaged_folder, read_data
 from jaxbench.quality.static import check_rewrite
 from jaxbench.quality.tasks import find_task, fit_to_data
@@ -44,6 +46,7 @@ class FakeTrainer:
         self.levels, self.noise, self.num_runs = levels, noise, 0
         self.diverging: set[tuple[str, int]] = set()
         self.digest = "a" * 64
+        self.is_exact = True
 
     def __call__(self, jobs: list[Any], *, num_workers: int) -> Iterator[tuple[Any, Any]]:
         for job in jobs:
@@ -57,7 +60,7 @@ class FakeTrainer:
         return [[], [], []]
 
     def check_rewrite(self, **_: Any) -> dict[str, Any]:
-        return {"exact": True, "reason": "loss within 1e-7"}
+        return {"exact": self.is_exact, "reason": "loss within 1e-7"}
 
     def train_network(self, *, described: Any, seeds: list[int], learning_rate: float, **_: Any):
         name = described["name"].removesuffix("-half")
@@ -70,7 +73,7 @@ class FakeTrainer:
             shared = random.Random(seed).gauss(0, 10 * self.noise)
             own = random.Random(f"{described['name']} {seed}").gauss(0, self.noise)
             metric = self.levels.get(name, 0.8) - half * self.levels.get("damage", 1) - tuned
-            diverged = (name, seed) in self.diverging
+            diverged = (described["name"], seed) in self.diverging
             value = None if diverged else metric + shared + own
             curve = [] if diverged else [[100, metric - 0.3], [200, value]]
             runs.append(
@@ -167,6 +170,37 @@ def test_judge_whose_controls_fail_says_nothing(
     assert words(judged)[THIN["name"]] == "the test cannot tell"
 
 
+def test_judge_rewrite_that_is_none_is_no_control_and_is_trained(
+    trainer: FakeTrainer, tmp_path: Path
+) -> None:
+    trainer.is_exact = False
+    judged = run(tmp_path, REWRITE)
+    (verdict, *_) = judged.verdicts
+    assert (verdict.word, judged.verdicts[-1].role) == ("the test cannot tell", "negative control")
+    assert verdict.reason.startswith("no exact rewrite: loss within 1e-7; ")
+    assert "bev-drive-product is declared an exact rewrite: loss" in judged.complaint
+
+
+def test_judge_control_or_base_that_diverges_gives_no_verdict(
+    trainer: FakeTrainer, tmp_path: Path
+) -> None:
+    trainer.diverging = {("bev-drive-gather", seed) for seed in (1, 2)}
+    with pytest.raises(DataError, match="The base bev-drive-gather diverged in 2 of 6 runs"):
+        run(tmp_path / "base", THIN)
+    trainer.diverging = {("bev-drive-gather-half", 2)}
+    judged = run(tmp_path / "control", THIN)
+    assert "(half width) diverged in 1 runs: no margin follows" in judged.complaint
+    assert words(judged)[THIN["name"]] == "the test cannot tell"
+
+
+@pytest.mark.parametrize(
+    ("plan", "says"), [({"pairs": 1}, "--pairs 2 or more"), ({"margin": 0.0}, "positive --margin")]
+)
+def test_plan_that_cannot_tell_anything_is_refused(plan: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        Plan(**plan)
+
+
 def test_judge_again_trains_nothing_and_more_pairs_only_what_is_missing(
     trainer: FakeTrainer, tmp_path: Path
 ) -> None:
@@ -186,7 +220,7 @@ def test_judge_on_other_data_than_the_runs_is_refused(trainer: FakeTrainer, tmp_
 
 
 def test_judge_training_that_fails_is_one_line_and_keeps_what_was_done(
-    trainer: FakeTrainer, tmp_path: Path
+    trainer: FakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = trainer.train_network
 
@@ -195,7 +229,7 @@ def test_judge_training_that_fails_is_one_line_and_keeps_what_was_done(
             return Failure(stage="worker", error="Crash", text="worker ended with SIGKILL")
         return whole(**arguments)
 
-    trainer.train_network = fail  # type: ignore[method-assign]
+    monkeypatch.setattr(trainer, "train_network", fail)
     with pytest.raises(DataError, match="bev-drive-thin with seeds .* SIGKILL"):
         run(tmp_path, THIN, pairs=2)
     assert read_runs(tmp_path)
@@ -297,20 +331,26 @@ def test_output_shapes_of_a_network_that_answers_another_question(
     wanted = output_shapes(described=BASE, data=str(DATA))
     assert output_shapes(described=THIN, data=str(DATA)) == wanted
 
-    class Halved(bev.BevNet):
-        """Puts out every second cell."""
+    class Cut(bev.BevNet):
+        """Puts out a part of the cells."""
+
+        part: Any = np.s_[:, ::2, ::2]
 
         def __call__(self, images: Any, edge: int) -> Any:
-            return super().__call__(images, edge)[:, ::2, ::2]
+            return super().__call__(images, edge)[self.part]
 
     def load(described: Any) -> Any:
         return dataclasses.replace(
-            load_described(described), build=lambda config, rngs: Halved(config, rngs=rngs)
+            load_described(described), build=lambda config, rngs: Cut(config, rngs=rngs)
         )
 
     monkeypatch.setattr(protocol_worker, "load_described", load)
     with pytest.raises(DataError, match="does not go with the labels of the task map"):
         output_shapes(described=BASE, data=str(DATA))
+    # One column goes with any labels, as arrays broadcast; it is another question all the same.
+    monkeypatch.setattr(Cut, "part", np.s_[:, :, :1])
+    assert output_shapes(described=BASE, data=str(DATA)) == [[2, 64, 1]]
+    assert wanted == [[2, 64, 64]]
 
 
 def test_initial_parameters_are_shared_where_names_and_shapes_agree(frames: Any) -> None:
@@ -390,11 +430,12 @@ def test_quality_command_on_exact_rewrites_and_bad_input(
 ) -> None:
     out = tmp_path / "out"
     code, stdout, stderr = jaxbench(
-        "quality", "bev-cpu-segsum", "bev-cpu-gather", "--json", "--out", out, cache=shared_cache
-    )
+        "quality", "bev-drive-gather", "bev-drive-product", "--json", "--out", out,
+        cache=shared_cache,
+    )  # fmt: skip
     assert (code, stderr) == (0, "")
     (verdict,) = json.loads(stdout)["verdicts"]
-    assert (verdict["name"], verdict["word"]) == ("bev-cpu-gather", "exact")
+    assert (verdict["name"], verdict["word"]) == ("bev-drive-product", "exact")
     code, _, stderr = jaxbench("quality", "bev-cpu-segsum", "bev-cpu-none", cache=shared_cache)
     assert code == 2
     assert "No candidate 'bev-cpu-none'" in error_line(stderr)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -258,6 +259,75 @@ def test_search_killed_goes_on_and_loses_nothing(shared_cache: Path, tmp_path: P
     assert len(told) == len(set(told)) == values["num_trials"]
 
 
+def changed_space(folder: Path, *changes: tuple[str, str]) -> Path:
+    """The space with some of its text replaced."""
+    text = FILE.read_text()
+    for old, new in changes:
+        assert old in text
+        text = text.replace(old, new)
+    file = folder / "changed.py"
+    file.write_text(text)
+    return file
+
+
+def test_search_without_blocks_compiles_every_network_whole_and_goes_on(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    file = changed_space(tmp_path, ("    blocks=blocks,\n", ""))
+    call = (
+        "search", file, "--targets", "cpu", "--budget", 4, "--sample", 1, "--whole", 1, "--json",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    code, stdout, stderr = jaxbench(*call, cache=shared_cache)
+    assert (code, stderr) == (0, "")
+    values = json.loads(stdout)
+    assert len(values["networks"]) == 5
+    for one in values["networks"]:
+        if one["name"] in values["whole_s"]:
+            assert one["composed_s"] == values["whole_s"][one["name"]]
+    assert (values["composition"], values["blocks_compiled"]) == ({}, 0)
+    records = (tmp_path / "out" / "records.jsonl").read_bytes()
+    code, stdout, stderr = jaxbench(*call, cache=shared_cache)
+    assert (code, stderr) == (0, "")
+    again = json.loads(stdout)
+    assert (tmp_path / "out" / "records.jsonl").read_bytes() == records
+    assert (again["networks"], again["refusals"]) == (values["networks"], values["refusals"])
+
+
+def test_search_band_on_the_forward_pass_keeps_networks_within_it(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    band = 'bands=(Band("num_params", 0.2, 1.2), Band("forward_s", 0.0, 0.6))'
+    file = changed_space(tmp_path, ('bands=(Band("num_params", 0.2, 1.2),)', band))
+    code, stdout, stderr = jaxbench(
+        "search", file, "--targets", "cpu", "--budget", 4, "--sample", 5, "--whole", 1, "--json",
+        "--bound", "60%", "--seed", 3, "--out", tmp_path / "out", cache=shared_cache,
+    )  # fmt: skip
+    assert (code, stderr) == (0, "")
+    values = json.loads(stdout)
+    assert len(values["networks"]) == 5
+    base = values["networks"][0]["quantities"]["forward_flops"]
+    for one in values["networks"][1:]:
+        # A product here takes time by its FLOPs or by its weights' bytes: both are fewer.
+        assert one["quantities"]["forward_flops"] < base
+    assert values["refusals"]["a block does not compile, or forward_s is out of band"] > 0
+
+
+def test_search_whose_cache_is_gone_keeps_what_was_told(
+    found: tuple[Path, Any], tmp_path: Path
+) -> None:
+    out, values = found
+    copy = tmp_path / "copy"
+    shutil.copytree(out, copy)
+    code, stdout, stderr = search(copy, tmp_path / "empty")
+    assert (code, stderr) == (0, "")
+    again = json.loads(stdout)
+    assert again["num_trials"] == values["num_trials"]
+    names = ("name", "composed_s")
+    told = [[one[name] for name in names] for one in values["networks"][1:]]
+    assert [[one[name] for name in names] for one in again["networks"][1:]] == told
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -268,9 +338,7 @@ def test_search_killed_goes_on_and_loses_nothing(shared_cache: Path, tmp_path: P
 def test_search_of_a_space_that_cannot_be_says_why(
     shared_cache: Path, tmp_path: Path, change: str, says: str
 ) -> None:
-    text = FILE.read_text().replace('bands=(Band("num_params", 0.2, 1.2),)', change)
-    file = tmp_path / "none.py"
-    file.write_text(text)
+    file = changed_space(tmp_path, ('bands=(Band("num_params", 0.2, 1.2),)', change))
     code, stdout, stderr = jaxbench(
         "search", file, "--targets", "cpu", "--out", tmp_path / "out", cache=shared_cache
     )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jaxbench.report.markdown import write_tables
+from jaxbench.report.measured import session_tables
 from jaxbench.report.tables import Table, format_number
 from jaxbench.search.engine import Found, Network
 from jaxbench.search.front import Times, least_worst, pareto_front, regret_table, winners
@@ -20,6 +21,8 @@ def search_tables(found: Found) -> list[Table]:
     whole = found.whole_s()
     if len(whole) > 1:
         tables.append(_choice_table(found, whole))
+    if any(record.measurement for record in found.records):
+        tables += session_tables(found.records)
     if found.compositions:
         tables.append(_composition_table(found))
     tables.append(_count_table(found))
@@ -114,7 +117,7 @@ def _count_table(found: Found) -> Table:
     rows = [
         ("points of the space", f"{found.space['num_points']:,}"),
         ("trials", f"{found.num_trials:,}"),
-        ("different networks priced", f"{len(found.networks):,}"),
+        ("different networks priced", f"{len(found.networks):,} of {found.budget:,} asked for"),
         ("trials refused", f"{refused:,}"),
         ("networks left by their bound", f"{found.num_bounded:,}"),
         ("blocks compiled now", f"{found.num_compiled:,}"),

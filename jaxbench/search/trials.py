@@ -85,10 +85,14 @@ class Trials:
             warnings.simplefilter("ignore")  # constraints are experimental in Optuna
             self._study.tell(number, list(values))
 
-    def finished(self) -> list[tuple[int, dict[str, Any], tuple[float, ...]]]:
-        """Returns (number, point, values) of all trials told."""
+    def finished(self) -> list[tuple[int, dict[str, Any], tuple[float, ...] | None]]:
+        """Returns (number, point, values) of all trials told, None where a trial has none."""
         return [
-            (trial.number, self._point(trial.params), tuple(trial.values))
+            (
+                trial.number,
+                self._point(trial.params),
+                tuple(trial.values) if trial.values[0] < WORST_S else None,
+            )
             for trial in self._study.get_trials(deepcopy=False)
             if trial.state.is_finished() and trial.values
         ]
