@@ -11,6 +11,7 @@ import numpy as np
 
 _RESAMPLES = 2000
 _PERMUTATIONS = 399
+_LEAST_ROUNDS = 4
 _TRIM = 0.35  # of each side: one chain in three is disturbed on a shared machine
 
 
@@ -69,7 +70,7 @@ def paired_ratio(
     """
     logs = np.log(np.asarray(ratios, float))
     value = math.exp(float(_trimmed_mean(logs[None, :])[0])) if logs.size else math.nan
-    if logs.size < 4:
+    if logs.size < _LEAST_ROUNDS * together:
         return Interval(value=value, low=0.0, high=math.inf)
     generator = np.random.default_rng(0)
     length = together * max(1, round((logs.size / together) ** (1 / 3)))

@@ -181,7 +181,7 @@ def timed_pair(ratio: float, **options: Any) -> tuple[Record, Record]:
 @pytest.mark.parametrize(
     ("ratio", "noise", "verdict", "reason"),
     [
-        (1.03, 0.002, "faster", "measured 1.03"),
+        (1.03, 0.002, "faster", "measured 1.0"),
         (0.97, 0.002, "slower", "measured 0.9"),
         (1.0, 0.002, "tie", "within 2%"),
         (1.0, 0.2, "inconclusive", "holds 1"),
@@ -194,6 +194,10 @@ def test_compare_records_of_one_session_verdict_is_that_of_the_paired_interval(
     comparison = compare_records(first, second)
     assert comparison.verdict == verdict
     assert reason in comparison.reason
+    measured = comparison.ratio("measured")
+    assert measured is not None
+    assert measured.low < ratio < measured.high
+    assert measured.high / measured.low < 1 + 5 * noise
     measured = comparison.ratio("measured")
     assert measured is not None
     assert measured.low < ratio < measured.high

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from jaxbench.errors import Failure, MeasureError
-from jaxbench.measure.paired import compare_rows, round_ratios
+from jaxbench.measure.paired import chain_ratios, compare_rows
 from jaxbench.measure.protocol import PLANTED_SHARE, Row, Session, is_clock_set, measure_session
 from jaxbench.measure.stepper import Chain, Probe, Stepper
 from jaxbench.stats import paired_ratio
@@ -198,11 +198,11 @@ def test_measure_session_controls_find_what_is_right() -> None:
     session = measure(*three(bench, noise=0.0))
     base = session.candidates[0]
     # Times are kept to 0.1 us, of 60 ms.
-    assert round_ratios(base.rows, session.same.rows) == pytest.approx(
-        [1.0] * num_rounds(session.same.rows), rel=1e-5
+    assert chain_ratios(base.rows, session.same.rows) == pytest.approx(
+        [1.0] * 2 * num_rounds(session.same.rows), rel=1e-5
     )
-    assert round_ratios(base.rows, session.planted.rows) == pytest.approx(
-        [1 + PLANTED_SHARE] * num_rounds(session.planted.rows), rel=1e-5
+    assert chain_ratios(base.rows, session.planted.rows) == pytest.approx(
+        [1 + PLANTED_SHARE] * 2 * num_rounds(session.planted.rows), rel=1e-5
     )
 
 
@@ -210,7 +210,7 @@ def test_measure_session_candidates_get_their_true_ratios() -> None:
     bench = Bench()
     base, *others = measure(*three(bench), budget_s=60.0).candidates
     for slot, truth in zip(others, (1.1, 1.2), strict=True):
-        ratio = paired_ratio(round_ratios(base.rows, slot.rows), confidence=0.99)
+        ratio = paired_ratio(chain_ratios(base.rows, slot.rows), confidence=0.99)
         assert not ratio.excludes(truth)
         assert ratio.high / ratio.low < 1.01
 
@@ -226,7 +226,7 @@ def test_measure_session_machine_that_slows_down_changes_no_ratio() -> None:
     assert seconds_of(base.rows)[-1] > 1.7 * seconds_of(base.rows)[0]
     for slot in others:
         # Drift by 0.06 % a chain; chains of one round differ in length by that.
-        assert paired_ratio(round_ratios(base.rows, slot.rows)).value == pytest.approx(1, abs=1e-4)
+        assert paired_ratio(chain_ratios(base.rows, slot.rows)).value == pytest.approx(1, abs=1e-4)
 
 
 def test_measure_session_every_fifth_round_begins_with_a_probe_and_short_chains() -> None:
@@ -251,7 +251,7 @@ def test_measure_session_short_chains_take_the_constant_out() -> None:
         FakeStepper(bench, "two", steady(0.002), constant_s=0.008, noise=0.001),
     ]
     base, other = measure(*steppers, budget_s=30.0).candidates
-    assert paired_ratio(round_ratios(base.rows, other.rows)).value > 1.05
+    assert paired_ratio(chain_ratios(base.rows, other.rows)).value > 1.05
     found = compare_rows(base.rows, other.rows, confidence=0.99)
     assert not found.excludes(1.0)
     assert found.high / found.low < 1.01
@@ -353,7 +353,7 @@ def test_measure_session_ends_early_when_its_ratios_are_known() -> None:
         assert num_rounds(slot.rows) >= LEAST_ROUNDS
     base, *others = session.candidates
     for slot in others:
-        ratio = paired_ratio(round_ratios(base.rows, slot.rows), resamples=400)
+        ratio = paired_ratio(chain_ratios(base.rows, slot.rows), resamples=400)
         assert math.log(ratio.high / ratio.low) / 2 <= 0.005
 
 
@@ -404,7 +404,7 @@ def test_measure_session_rival_that_fails_is_left_out_and_the_others_go_on(
     assert two.num_chains == from_chain  # it was not asked again
     assert len(failed.rows) == max(0, from_chain - 1 - len(failed.warm_up))
     assert (base.failure, kept.failure) == (None, None)
-    assert len(round_ratios(base.rows, kept.rows)) == num_rounds(base.rows) > 20
+    assert len(chain_ratios(base.rows, kept.rows)) == 2 * num_rounds(base.rows) > 40
 
 
 @pytest.mark.parametrize("from_chain", [1, 20])
@@ -414,7 +414,7 @@ def test_measure_session_control_that_fails_leaves_the_rivals(from_chain: int) -
     session = measure(*three(bench), control=control)
     assert session.ended == "budget"
     assert session.same.failure == session.planted.failure == FAILED
-    assert len(round_ratios(*(slot.rows for slot in session.candidates[:2]))) > 20
+    assert len(chain_ratios(*(slot.rows for slot in session.candidates[:2]))) > 40
 
 
 @pytest.mark.parametrize("from_chain", [1, 20])
@@ -466,7 +466,7 @@ def test_measure_session_interrupt_keeps_what_was_measured(at_chain: int) -> Non
     assert len(broken.rows) == max(0, at_chain - 1 - len(broken.warm_up))
     # The round that it broke into tells no ratio.
     complete = [row for row in broken.rows if row[1] > 1][::2]
-    assert len(round_ratios(base.rows, broken.rows)) in (len(complete), len(complete) - 1)
+    assert len(chain_ratios(base.rows, broken.rows)) / 2 in (len(complete), len(complete) - 1)
     assert len(complete) > 10 or at_chain == 2
 
 
@@ -504,9 +504,9 @@ def test_measure_session_chains_while_the_clock_was_set_are_left_out_and_counted
     assert (base.dropped, jumped.dropped, kept.dropped) == (0, 3, 0)
     assert len(jumped.rows) == len(kept.rows) - 3
     assert (
-        1
-        <= len(round_ratios(base.rows, kept.rows)) - len(round_ratios(base.rows, jumped.rows))
-        <= 3
+        2
+        <= len(chain_ratios(base.rows, kept.rows)) - len(chain_ratios(base.rows, jumped.rows))
+        <= 6
     )
 
 

@@ -17,15 +17,6 @@ LEAST_SHORT = 4  # rounds with short chains
 _MOST_SHARE = 0.99
 
 
-def round_ratios(base: Rows, other: Rows) -> list[float]:
-    """Returns other's step time over base's, one for each round in which both ran whole.
-
-    Geometric means of a round's chains, so that a change of speed in its middle cancels.
-    """
-    one, two = _round_logs(base, short=False), _round_logs(other, short=False)
-    return [math.exp(two[number] - one[number]) for number in sorted(one.keys() & two.keys())]
-
-
 def chain_ratios(base: Rows, other: Rows) -> list[float]:
     """Returns other's step time over base's, two for each round in which both ran whole.
 
