@@ -6,15 +6,14 @@ what is missing is profiled.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxbench.cache import storage_errors
 from jaxbench.discovery import family_modules
 from jaxbench.errors import Failure, UsageError
+from jaxbench.lines import append_line, read_lines
 from jaxbench.machine import describe_environment
 from jaxbench.ops import StepOps
 from jaxbench.ops.calibration import (
@@ -87,7 +86,7 @@ def calibrate(
         if isinstance(result, Failure):
             failures.append((name, result.text))
         else:
-            _append(out, {"candidate": name, **result})
+            append_line(out / FILE_NAME, {"candidate": name, **result})
         progress(f"profiling {name}", number, len(jobs))
     known = _read(out)
     names = [one["name"] for one in chosen if one["name"] in known]
@@ -121,21 +120,4 @@ def _choose(what: Sequence[str], limits: Limits) -> list[Mapping[str, Any]]:
 
 
 def _read(out: Path) -> dict[str, dict[str, Any]]:
-    path = out / FILE_NAME
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    found = {}
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except ValueError:  # written half
-            continue
-        found[values["candidate"]] = values
-    return found
-
-
-def _append(out: Path, values: Mapping[str, Any]) -> None:
-    path = out / FILE_NAME
-    with storage_errors(path):
-        out.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+    return {values["candidate"]: values for values in read_lines(out / FILE_NAME)}

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from jaxbench.cache import key_of, storage_errors
+from jaxbench.cache import key_of
 from jaxbench.errors import UsageError
+from jaxbench.lines import append_line, read_lines
 
 SCHEMA = 1
 FILE_NAME = "records.jsonl"
@@ -95,33 +93,13 @@ def append_record(folder: Path, record: Record) -> bool:
     Raises:
       StorageError: if the line cannot be written.
     """
-    line = (json.dumps(record.to_json(), allow_nan=False) + "\n").encode()
-    path = folder / FILE_NAME
-    with storage_errors(path):
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if any(known.id == record.id and not known.is_lost for known in read_records(folder)):
-                return False
-            _write_whole(descriptor, line)
-        finally:
-            os.close(descriptor)
-    return True
-
-
-def _write_whole(descriptor: int, line: bytes) -> None:
-    size = os.fstat(descriptor).st_size
-    if size and os.pread(descriptor, 1, size - 1) != b"\n":
-        line = b"\n" + line  # a writer was killed in the middle of its line
-    try:
-        written = 0
-        while written < len(line):
-            written += os.write(descriptor, line[written:])
-        os.fsync(descriptor)
-    except OSError:
-        os.ftruncate(descriptor, size)
-        raise
+    return append_line(
+        folder / FILE_NAME,
+        record.to_json(),
+        unless=lambda: any(
+            known.id == record.id and not known.is_lost for known in read_records(folder)
+        ),
+    )
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -133,34 +111,22 @@ def read_records(folder: Path) -> list[Record]:
       UsageError: if the records are of another schema.
     """
     path = folder / FILE_NAME
-    if not path.exists():
-        return []
     found: dict[str, Record] = {}
-    with path.open("rb") as file:
-        for line in file:
-            values = _parse(line)
-            if values is None:
-                continue
-            if values.get("schema") != SCHEMA:
-                raise UsageError(
-                    f"{path} has records of schema {values.get('schema')}, this jaxbench reads "
-                    f"{SCHEMA}. "
-                    "Use another folder, or the jaxbench that wrote it."
-                )
-            if set(values) != set(Record.__dataclass_fields__):
-                raise UsageError(
-                    f"{path} has a record whose keys are not those of schema {SCHEMA}: it was "
-                    "edited, or written by another jaxbench. Use another folder."
-                )
-            record = Record(**values)
-            if record.id not in found or found[record.id].is_lost:
-                found[record.id] = record
+    for values in read_lines(path):
+        if "id" not in values:
+            continue
+        if values.get("schema") != SCHEMA:
+            raise UsageError(
+                f"{path} has records of schema {values.get('schema')}, this jaxbench reads "
+                f"{SCHEMA}. "
+                "Use another folder, or the jaxbench that wrote it."
+            )
+        if set(values) != set(Record.__dataclass_fields__):
+            raise UsageError(
+                f"{path} has a record whose keys are not those of schema {SCHEMA}: it was "
+                "edited, or written by another jaxbench. Use another folder."
+            )
+        record = Record(**values)
+        if record.id not in found or found[record.id].is_lost:
+            found[record.id] = record
     return list(found.values())
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) and "id" in values else None

@@ -19,12 +19,13 @@ from flax import nnx
 
 from jaxbench.discovery import describe_candidates, load_described
 from jaxbench.errors import DataError, Failure, UsageError
+from jaxbench.lines import read_lines
 from jaxbench.models import bev, planner
-from jaxbench.quality import protocol, protocol_worker, training
+from jaxbench.quality import bench, protocol_worker, training
 from jaxbench.quality.judged import Judged, Plan
 from jaxbench.quality.protocol import judge
 from jaxbench.quality.protocol_worker import describe_task, output_shapes
-from jaxbench.quality.runs import read_runs
+from jaxbench.quality.runs import RUNS
 from jaxbench.quality.shards import packaged_folder, read_data
 from jaxbench.quality.static import check_rewrite
 from jaxbench.quality.tasks import find_task, fit_to_data
@@ -85,7 +86,7 @@ class FakeTrainer:
 @pytest.fixture
 def trainer(monkeypatch: pytest.MonkeyPatch) -> FakeTrainer:
     fake = FakeTrainer({"bev-drive-gather": 0.8})
-    monkeypatch.setattr(protocol, "run_jobs", fake)
+    monkeypatch.setattr(bench, "run_jobs", fake)
     return fake
 
 
@@ -140,7 +141,7 @@ def test_judge_screens_out_what_is_far_worse_and_does_not_confirm_it(
     verdict = judged.verdicts[0]
     assert (verdict.word, verdict.paired) == ("inferior", None)
     assert verdict.reason.startswith("screened out: 0.")
-    runs = [one for one in read_runs(tmp_path) if one["network"] == THIN["name"]]
+    runs = [one for one in list(read_lines(tmp_path / RUNS)) if one["network"] == THIN["name"]]
     assert len(runs) == 3
 
 
@@ -232,7 +233,7 @@ def test_judge_training_that_fails_is_one_line_and_keeps_what_was_done(
     monkeypatch.setattr(trainer, "train_network", fail)
     with pytest.raises(DataError, match="bev-drive-thin with seeds .* SIGKILL"):
         run(tmp_path, THIN, pairs=2)
-    assert read_runs(tmp_path)
+    assert list(read_lines(tmp_path / RUNS))
 
 
 # The real trainer and data.

@@ -13,16 +13,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxbench import cache
-from jaxbench.compiler import versions_for
-from jaxbench.errors import DataError, Failure, UsageError
+from jaxbench.errors import DataError, UsageError
+from jaxbench.quality.bench import Bench, Curve, Described, mean_curve
 from jaxbench.quality.control import halve_width
 from jaxbench.quality.judged import Judged, Plan, Verdict, Word
-from jaxbench.quality.runs import Runs
 from jaxbench.quality.shards import packaged_folder
 from jaxbench.quality.verdict import (
     Paired,
@@ -33,16 +31,11 @@ from jaxbench.quality.verdict import (
     word_of,
 )
 from jaxbench.run import Limits, Progress, describe, families_of
-from jaxbench.target import parse_target
-from jaxbench.worker import Job, run_jobs
 
-PROTOCOL = "paired-noninferiority-1"
 _RATES = (0.5, 1.0, 2.0)  # times the base's
 _SCREEN_DEVIATIONS = 3.0
 _SCREEN_SEED, _FIRST_SEED = 1000, 1
-_WORKER = "jaxbench.quality.protocol_worker"
-
-Described = Mapping[str, Any]
+_SHAPES = "jaxbench.quality.protocol_worker:output_shapes"
 
 
 def judge(
@@ -71,11 +64,8 @@ def judge(
         base=base,
         variants=variants,
         rewrite=rewrite,
-        data=data,
-        out=out,
+        bench=Bench(base, data=data, out=out, plan=plan, limits=limits, progress=progress),
         plan=plan,
-        limits=limits,
-        progress=progress,
     ).go()
 
 
@@ -139,18 +129,12 @@ class _Judge:
     base: Described
     variants: Sequence[Described]
     rewrite: Described | None
-    data: Path
-    out: Path
+    bench: Bench
     plan: Plan
-    limits: Limits
-    progress: Progress
-    rates: dict[str, float] = field(default_factory=dict)
     no_rewrite: str = "the base has no exact rewrite to serve as a control; declare a T0 variant"
 
     def __post_init__(self) -> None:
-        self.task = self._ask(f"{_WORKER}:describe_task", described=dict(self.base))
-        self.digest: str = self.task["data_digest"]
-        self.runs = Runs(self.out, self.digest)
+        self.seeds = range(_FIRST_SEED, _FIRST_SEED + self.plan.pairs)
         self.control = {**halve_width(self.base), "of": self.base.get("of", self.base["name"])}
 
     def go(self) -> Judged:
@@ -173,7 +157,7 @@ class _Judge:
         """Refuses variants that put out another shape than the base."""
         shapes = {}
         for one in (self.base, *self.variants):
-            shapes[one["name"]] = self._ask(f"{_WORKER}:output_shapes", described=dict(one))
+            shapes[one["name"]] = self.bench.ask(_SHAPES, one)
         wanted = shapes[self.base["name"]]
         for name, found in shapes.items():
             if found != wanted:
@@ -192,9 +176,7 @@ class _Judge:
         }
 
     def _check_rewrite(self, one: Described) -> dict[str, Any]:
-        return self._ask(
-            "jaxbench.quality.static:check_rewrite", described=dict(one), base=dict(self.base)
-        )
+        return self.bench.ask("jaxbench.quality.static:check_rewrite", one, base=dict(self.base))
 
     def _check_rewrite_control(self, known: Mapping[str, Mapping[str, Any]]) -> None:
         """Leaves out a control that is declared a rewrite of the base and is none."""
@@ -209,16 +191,18 @@ class _Judge:
         """Tunes all in the same way; returns which variants are out, and why."""
         base_rate = self.base["workload"]["learning_rate"]
         rates = [base_rate * factor for factor in _RATES]
-        self._train([(one, rate, _SCREEN_SEED) for one in networks for rate in rates], "screening")
+        self.bench.train(
+            [(one, rate, _SCREEN_SEED) for one in networks for rate in rates], "screening"
+        )
         best = {}
         for one in networks:
-            metrics = {rate: self._metric(one, rate, _SCREEN_SEED) for rate in rates}
-            self.rates[one["name"]] = max(rates, key=lambda rate: _or_worst(metrics[rate]))
-            best[one["name"]] = _or_worst(metrics[self.rates[one["name"]]])
+            metrics = {rate: self.bench.metric(one, rate, _SCREEN_SEED) for rate in rates}
+            self.bench.rates[one["name"]] = max(rates, key=lambda rate: _or_worst(metrics[rate]))
+            best[one["name"]] = _or_worst(metrics[self.bench.rates[one["name"]]])
         # The base's own noise, of two more seeds at its rate.
-        rate = self.rates[self.base["name"]]
-        self._train([(self.base, rate, _SCREEN_SEED + at) for at in (1, 2)], "screening")
-        own = [self._metric(self.base, rate, _SCREEN_SEED + at) for at in range(3)]
+        rate = self.bench.rates[self.base["name"]]
+        self.bench.train([(self.base, rate, _SCREEN_SEED + at) for at in (1, 2)], "screening")
+        own = [self.bench.metric(self.base, rate, _SCREEN_SEED + at) for at in range(3)]
         noise = statistics.stdev(self._require(own))
         limit = best[self.base["name"]] - _SCREEN_DEVIATIONS * noise * math.sqrt(2)
         return {
@@ -231,8 +215,8 @@ class _Judge:
         }
 
     def _confirm(self, networks: Sequence[Described]) -> None:
-        self._train(
-            [(one, self.rates[one["name"]], seed) for seed in self._seeds() for one in networks],
+        self.bench.train(
+            [(one, self.bench.rates[one["name"]], seed) for seed in self.seeds for one in networks],
             "confirming",
         )
 
@@ -242,65 +226,65 @@ class _Judge:
         rejected: Mapping[str, str],
         trained: Sequence[Described],
     ) -> Judged:
-        base_metrics = self._metrics(self.base) if trained else ()
-        margin, curve = self.plan.margin, self._mean_curve(self.base) if trained else ()
-        paired: dict[str, Paired] = {}
+        if not trained:
+            verdicts = [
+                self._verdict(one, "variant", exact, {}, {}, {}, "") for one in self.variants
+            ]
+            return self._judged(verdicts)
         controls = [(self.control, "negative control")]
         controls += [(self.rewrite, "rewrite control")] if self.rewrite else []
-        if trained:
-            margin = margin or find_margin(self._damages(self.control))
-        if trained and margin:
-            confirmed = [
-                *(one for one, _ in controls),
-                *(one for one in trained if one["name"] not in rejected),
-            ]
-            for one in confirmed:
-                paired[one["name"]] = judge_pairs(self._damages(one), margin)
+        confirmed = [
+            *(one for one, _ in controls),
+            *(one for one in trained if one["name"] not in rejected),
+        ]
+        damages = {one["name"]: self._damages(one) for one in confirmed}
+        margin = self.plan.margin or find_margin(damages[self.control["name"]])
+        paired = {name: judge_pairs(own, margin) for name, own in damages.items()} if margin else {}
         names = {one["name"] for one in trained}
         adjusted = holm({name: one.p_value for name, one in paired.items() if name in names})
         words = {
             name: word_of(one, adjusted.get(name, one.p_value)) for name, one in paired.items()
         }
-        complaint = self._complaint(words, margin) if trained else ""
-        verdicts = []
-        for one in self.variants:
-            verdicts.append(
-                self._verdict(one, "variant", exact, rejected, paired, words, complaint)
-            )
-        if trained:
-            verdicts += [
-                self._verdict(one, role, {}, {}, paired, words, "") for one, role in controls
-            ]
+        complaint = self._complaint(words, margin)
+        verdicts = [
+            self._verdict(one, "variant", exact, rejected, paired, words, complaint)
+            for one in self.variants
+        ]
+        verdicts += [self._verdict(one, role, {}, {}, paired, words, "") for one, role in controls]
+        curves = {
+            one["name"]: self.bench.curves(one, self.seeds) for one in (self.base, *confirmed)
+        }
+        return self._judged(verdicts, margin=margin, complaint=complaint, curves=curves)
+
+    def _judged(
+        self,
+        verdicts: Sequence[Verdict],
+        *,
+        margin: float | None = None,
+        complaint: str = "",
+        curves: Mapping[str, tuple[Curve, ...]] | None = None,
+    ) -> Judged:
+        """Returns all that was found; nothing was trained where there are no curves."""
+        base_curve = mean_curve(curves[self.base["name"]]) if curves else ()
         return Judged(
             base=self.base["name"],
-            task=self.task["task"],
-            metric=self.task["metric"],
-            data_digest=self.digest,
+            task=self.bench.about["task"],
+            metric=self.bench.about["metric"],
+            data_digest=self.bench.about["data_digest"],
             plan=self.plan,
             margin=margin,
-            margin_samples=extra_share(curve, margin) if curve and margin else None,
-            base_metrics=base_metrics,
-            base_curve=tuple(curve),
+            margin_samples=extra_share(base_curve, margin) if base_curve and margin else None,
+            base_metrics=self.bench.metrics(self.base, self.seeds) if curves else (),
+            base_curve=base_curve,
             complaint=complaint,
             verdicts=tuple(verdicts),
-            curves={name: self._curves(one) for name, one in self._trained(trained)},
+            curves=curves or {},
         )
-
-    def _trained(self, trained: Sequence[Described]) -> list[tuple[str, Described]]:
-        if not trained:
-            return []
-        everyone = [
-            self.base,
-            self.control,
-            *trained,
-            *([self.rewrite] if self.rewrite else []),
-        ]
-        return [(one["name"], one) for one in everyone if one["name"] in self.rates]
 
     def _complaint(self, words: Mapping[str, str], margin: float | None) -> str:
         """Says why these runs cannot tell networks apart; empty if they can."""
         if not margin:
-            lost = self._metrics(self.control).count(None)
+            lost = self.bench.metrics(self.control, self.seeds).count(None)
             why = f"diverged in {lost} runs" if lost else "was no worse than the base"
             return f"the negative control (half width) {why}: no margin follows; give --margin"
         if words.get(self.control["name"]) != "inferior":
@@ -330,7 +314,7 @@ class _Judge:
             "role": role,
             "validity": one["validity"],
             "changes": one["replaces"],
-            "learning_rate": self.rates.get(name),
+            "learning_rate": self.bench.rates.get(name),
         }
         if _is_exact(exact, one):
             return Verdict(**about, word="exact", reason=exact[name]["reason"])
@@ -347,21 +331,17 @@ class _Judge:
             word="the test cannot tell" if complaint else word,
             reason=reason,
             paired=found,
-            metrics=self._metrics(one),
+            metrics=self.bench.metrics(one, self.seeds),
         )
 
-    # --- Runs ---
+    def _damages(self, one: Described) -> list[float]:
+        """What the metric lost in each pair; infinite where the network diverged."""
+        own = self.bench.metrics(one, self.seeds)
+        pairs = zip(self._base_metrics(), own, strict=True)
+        return [base - _or_worst(metric) for base, metric in pairs]
 
-    def _seeds(self) -> list[int]:
-        return list(range(_FIRST_SEED, _FIRST_SEED + self.plan.pairs))
-
-    def _metric(self, one: Described, rate: float, seed: int) -> float | None:
-        run = self.runs.find(self._key(one, rate, seed))
-        return run["metric"] if run else None
-
-    def _metrics(self, one: Described) -> tuple[float | None, ...]:
-        rate = self.rates[one["name"]]
-        return tuple(self._metric(one, rate, seed) for seed in self._seeds())
+    def _base_metrics(self) -> list[float]:
+        return self._require(self.bench.metrics(self.base, self.seeds))
 
     def _require(self, metrics: Sequence[float | None]) -> list[float]:
         """Returns the base's metrics; a base that diverges is nothing to compare with."""
@@ -372,113 +352,6 @@ class _Judge:
                 f"{len(metrics)} runs: nothing can be compared with it. Lower its learning rate."
             )
         return found
-
-    def _damages(self, one: Described) -> list[float]:
-        """What the metric lost in each pair; infinite where the network diverged."""
-        pairs = zip(self._require(self._metrics(self.base)), self._metrics(one), strict=True)
-        return [base - _or_worst(own) for base, own in pairs]
-
-    def _mean_curve(self, one: Described) -> list[tuple[int, float]]:
-        rate = self.rates[one["name"]]
-        curves = [
-            run["curve"]
-            for seed in self._seeds()
-            if (run := self.runs.find(self._key(one, rate, seed))) and run["curve"]
-        ]
-        return [
-            (int(points[0][0]), statistics.fmean(metric for _, metric in points))
-            for points in zip(*curves, strict=True)
-        ]
-
-    def _curves(self, one: Described) -> tuple[tuple[tuple[int, float], ...], ...]:
-        """Learning curves, a pair each; empty where a run diverged or was not made."""
-        rate = self.rates[one["name"]]
-        runs = [self.runs.find(self._key(one, rate, seed)) for seed in self._seeds()]
-        return tuple(
-            tuple((int(samples), metric) for samples, metric in run["curve"]) if run else ()
-            for run in runs
-        )
-
-    def _schedule(self) -> dict[str, int]:
-        return {
-            "steps": self.plan.steps,
-            "batch": self.plan.batch,
-            "checks": self.plan.checks,
-        }
-
-    def _key(self, one: Described, rate: float, seed: int) -> str:
-        networks = [
-            [which[name] for name in ("config", "workload", "source_sha256")]
-            for which in (one, self.base)
-        ]
-        versions = versions_for(parse_target("cpu"))
-        asked = [networks, self.digest, rate, seed, self._schedule(), self.plan.together]
-        return cache.key_of(PROTOCOL, asked, versions)[:16]
-
-    def _train(self, wanted: Iterable[tuple[Described, float, int]], what: str) -> None:
-        """Does the runs that are missing."""
-        groups: dict[tuple[str, float], tuple[Described, list[int]]] = {}
-        wanted = list(wanted)
-        for one, rate, seed in wanted:
-            if self.runs.find(self._key(one, rate, seed)) is None:
-                groups.setdefault((one["name"], rate), (one, []))[1].append(seed)
-        jobs = {}
-        for (_, rate), (one, seeds) in groups.items():
-            for start in range(0, len(seeds), self.plan.together):
-                part = seeds[start : start + self.plan.together]
-                job = self._job(one, rate, part)
-                jobs[id(job)] = (job, one, rate)
-        done = sum(self.runs.find(self._key(*asked)) is not None for asked in wanted)
-        for job, result in run_jobs(
-            [job for job, _, _ in jobs.values()], num_workers=self.limits.num_workers
-        ):
-            _, one, rate = jobs[id(job)]
-            if isinstance(result, Failure):
-                raise DataError(f"Training {job.name} failed: {result.text}")
-            for run in result:
-                self.runs.keep(
-                    {
-                        "run": self._key(one, rate, run["seed"]),
-                        "data": self.digest,
-                        "network": one["name"],
-                        "learning_rate": rate,
-                        **self._schedule(),
-                        **run,
-                    }
-                )
-            done += len(result)
-            self.progress(f"{what} {one['name']}", done, len(wanted))
-
-    def _job(self, one: Described, rate: float, seeds: list[int]) -> Job:
-        checkpoints = self.runs.folder / "checkpoints" / self._key(one, rate, seeds[0])
-        return Job(
-            name=f"{one['name']} with seeds {seeds}",
-            function="jaxbench.quality.training:train_network",
-            arguments={
-                "described": dict(one),
-                "base": dict(self.base),
-                "data": str(self.data),
-                "seeds": seeds,
-                "learning_rate": rate,
-                "schedule": self._schedule(),
-                "checkpoints": str(checkpoints),
-            },
-            limit_s=self.limits.limit_s,
-            limit_bytes=self.limits.limit_bytes,
-        )
-
-    def _ask(self, function: str, **arguments: Any) -> Any:
-        job = Job(
-            name=function,
-            function=function,
-            arguments={**arguments, "data": str(self.data)},
-            limit_s=self.limits.limit_s,
-            limit_bytes=self.limits.limit_bytes,
-        )
-        ((_, result),) = run_jobs([job], num_workers=1)
-        if isinstance(result, Failure):
-            raise DataError(result.text)
-        return result
 
 
 def _is_exact(checked: Mapping[str, Mapping[str, Any]], one: Described) -> bool:
