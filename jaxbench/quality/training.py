@@ -159,7 +159,11 @@ class _Run:
         return _stacked(batches)
 
     def _judge(self) -> list[float]:
-        """Returns the metric on the test frames, one a seed."""
+        """Returns the metric on the test frames, one a seed.
+
+        Of whole batches: one program for all; what is left over at the end, fewer frames than a
+        batch, is not looked at by any network.
+        """
         size = len(next(iter(self._test.values())))
         sums: list[Any] = []
         for start in range(0, size - size % _SCORE_BATCH or size, _SCORE_BATCH):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxbench.report.markdown import write_tables
 from jaxbench.report.measured import session_tables
-from jaxbench.report.tables import Table, format_number
+from jaxbench.report.tables import Table, failure_cell, format_number
 from jaxbench.search.engine import Found, Network
 from jaxbench.search.front import Times, least_worst, pareto_front, regret_table, winners
 
@@ -41,8 +41,8 @@ def _front_table(found: Found) -> Table:
         header=("network", "class", "on the front", *found.targets, "against the base"),
         rows=tuple(rows),
         notes=(
-            "Whole compiles; ~ composed from blocks, where the whole did not compile or was not "
-            "tried. T1 and T2 are not yet equal: `jaxbench quality` judges.",
+            "Whole compiles; ~ composed from blocks, where the whole did not compile on another "
+            "target. T1 and T2 are not yet equal: `jaxbench quality` judges.",
         ),
     )
 
@@ -53,7 +53,11 @@ def _row(
     resolved = network.resolved
     base_name, name = found.base.resolved.name, resolved.name
     cells = []
+    failed = {one.target: one for one in found.records if one.candidate == name and one.failure}
     for target in found.targets:
+        if target in failed:
+            cells.append(failure_cell(failed[target]))
+            continue
         is_whole = name in whole and base_name in whole
         own = whole[name][target] if is_whole else network.composed_s[target]
         base = whole[base_name][target] if is_whole else found.base.composed_s[target]

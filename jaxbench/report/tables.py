@@ -77,7 +77,7 @@ def _speed_cell(cells: dict[tuple[str, str], Record], name: str, base: str, targ
     if record is None:
         return "-"
     if record.failure:
-        return _failure_cell(record)
+        return failure_cell(record)
     if record.samples_per_s is None:
         return "?"
     star = "*" if record.samples_per_s_from == "measurement" else ""
@@ -94,7 +94,8 @@ def _speed_cell(cells: dict[tuple[str, str], Record], name: str, base: str, targ
     return f"{format_number(record.samples_per_s)}{star}{ratio}"
 
 
-def _failure_cell(record: Record) -> str:
+def failure_cell(record: Record) -> str:
+    """What stands in place of a figure: the memory that is missing, or the error."""
     failure = record.failure or {}
     if failure.get("needed_bytes"):
         needed, there = (failure[key] / 2**30 for key in ("needed_bytes", "available_bytes"))

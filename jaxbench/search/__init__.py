@@ -6,8 +6,10 @@ the front; measurements and verdicts on a driving task are for what is left.
     space.py     what may change, and what must stay equal
     block.py     what networks are made of
     server.py    the space in a worker: a point's network, its blocks, what it violates
+    points.py    what that worker said, kept
     blockstep.py, prices.py   a block through the compilers, once
     compose.py   steps from blocks, and the error of that
+    pricing.py   a network's price on each target, composed or compiled whole
     trials.py    Optuna's journal: resumed, shared, nothing lost or done twice
     front.py     Pareto sets, regret
     engine.py    the whole line
