@@ -37,12 +37,12 @@ def test_source_digest_of_a_family_follows_the_blocks_it_imports(
     files = {path.name for path in discovery._shipped_blocks(module)}
     # The layers that it imports, and the weights that only those import.
     assert {"attention.py", "stack.py", "weights.py"} <= files
-    before = discovery._digest(module)
+    before = discovery.source_digest(module)
     code = discovery._code
     monkeypatch.setattr(
         discovery, "_code", lambda path: code(path) + ("x" if path.name == "weights.py" else "")
     )
-    assert discovery._digest(module) != before
+    assert discovery.source_digest(module) != before
 
 
 def test_families_of_reads_only_what_a_name_can_be_in() -> None:
