@@ -355,6 +355,18 @@ def _add_quality(commands: Any) -> None:
     parser.add_argument(
         "--scenes", type=positive_integer, default=80, metavar="N", help="of build-data"
     )
+    parser.add_argument(
+        "--scenarionet",
+        type=Path,
+        metavar="DIR",
+        help="build-data from scenes of your own, without images; unpickles: trust the files",
+    )
+    parser.add_argument(
+        "--nuscenes",
+        type=Path,
+        metavar="DIR",
+        help="build-data from a folder laid out as nuScenes, cameras turned to our rig",
+    )
     _add_limits(parser, "folder of the runs (default out/quality-BASE)")
 
 

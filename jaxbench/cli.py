@@ -337,14 +337,21 @@ def _quality(arguments: argparse.Namespace) -> int:
 
 
 def _build_data(arguments: argparse.Namespace) -> int:
-    from jaxbench.quality.build import build_data
+    from jaxbench.quality.build import build_data, convert_nuscenes, convert_scenarionet
     from jaxbench.report.terminal import progress_line
 
     if len(arguments.variants) != 1:
         raise UsageError("build-data needs one folder: jaxbench quality build-data DIR.")
     folder = Path(arguments.variants[0])
+    if arguments.scenarionet and arguments.nuscenes:
+        raise UsageError("build-data reads one source: --scenarionet DIR or --nuscenes DIR.")
     with progress_line() as progress:
-        digest = build_data(folder, num_scenes=arguments.scenes, progress=progress)
+        if arguments.scenarionet:
+            digest = convert_scenarionet(folder, arguments.scenarionet, progress=progress)
+        elif arguments.nuscenes:
+            digest = convert_nuscenes(folder, arguments.nuscenes, progress=progress)
+        else:
+            digest = build_data(folder, num_scenes=arguments.scenes, progress=progress)
     values = {"folder": str(folder), "digest": digest}
     print(json.dumps(values) if arguments.json else f"{folder}: data {digest}")
     return 0

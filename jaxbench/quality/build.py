@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,10 @@ import numpy as np
 
 from jaxbench.cache import cache_dir, storage_errors
 from jaxbench.errors import DataError
-from jaxbench.quality.labels import Geometry, key_frames, label_frame
+from jaxbench.quality.labels import Geometry, Scene, key_frames, key_range, label_frame
+from jaxbench.quality.nuscenes import Drive, read_nuscenes
+from jaxbench.quality.readers import read_scenarionet
+from jaxbench.quality.rig_images import Rig, rig_images
 from jaxbench.quality.shards import write_data
 from jaxbench.run import Progress
 
@@ -32,18 +35,8 @@ _AT_ONCE = 5  # scenes a simulator drives
 _PROCESSES = 2  # simulators, or cameras, side by side
 _WITHOUT = (
     "Without it the small data set that ships with jaxbench is there (leave --data out), and "
-    "`jaxbench.quality.readers` reads ScenarioNet folders and camera rigs of your own."
+    "`build-data DIR --scenarionet FOLDER` or `--nuscenes FOLDER` makes one of data of your own."
 )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Rig:
-    """The cameras: evenly spaced around, level, the first looking ahead."""
-
-    cameras: int = 6
-    height: int = 48
-    width: int = 128
-    fov_degrees: int = 70
 
 
 def build_data(
@@ -69,8 +62,7 @@ def build_data(
     Raises:
       DataError: if there is no simulator to be had, or it fails.
     """
-    if (folder / "manifest.json").exists():
-        raise DataError(f"{folder} holds a data set already, and data is frozen. Give another DIR.")
+    _check_new(folder)
     python = _make_environment(progress)
     rig, geometry = rig or Rig(), geometry or Geometry()
     with tempfile.TemporaryDirectory(prefix="jaxbench-scenes-") as work:
@@ -85,6 +77,65 @@ def build_data(
                 frames.append(arrays)
                 progress("drawing and labelling", len(frames), len(scenes))
     return freeze(folder, [one for one in frames if one], rig, geometry, source=SIMULATOR)
+
+
+def convert_scenarionet(
+    folder: Path, source: Path, *, progress: Progress, geometry: Geometry | None = None
+) -> str:
+    """Writes the scenes of a ScenarioNet folder as frozen shards, without images.
+
+    Forecasting, planning and tokens need none.
+
+    Returns:
+      The data's digest.
+
+    Raises:
+      DataError: if `folder` holds a data set, or the source is not as described.
+    """
+    _check_new(folder)
+    geometry, found = geometry or Geometry(), []
+    for index, (name, scene) in enumerate(read_scenarionet(source)):
+        found.append(_labelled(scene, key_frames(scene, geometry), index, geometry))
+        progress(f"labelling {name}", index + 1, index + 1)
+    return freeze(folder, [one for one in found if one], Rig(), geometry, source="ScenarioNet")
+
+
+def convert_nuscenes(
+    folder: Path,
+    source: Path,
+    *,
+    progress: Progress,
+    rig: Rig | None = None,
+    geometry: Geometry | None = None,
+) -> str:
+    """Writes the scenes of a folder laid out as nuScenes as frozen shards, images turned to `rig`.
+
+    Returns:
+      The data's digest.
+
+    Raises:
+      DataError: if `folder` holds a data set, or the source is not as described.
+    """
+    _check_new(folder)
+    rig, geometry, found = rig or Rig(), geometry or Geometry(), []
+    for index, drive in enumerate(read_nuscenes(source)):
+        found.append(_converted(drive, index, rig, geometry))
+        progress(f"labelling {drive.name}", index + 1, index + 1)
+    return freeze(folder, [one for one in found if one], rig, geometry, source="nuScenes")
+
+
+def _converted(drive: Drive, index: int, rig: Rig, geometry: Geometry) -> dict[str, np.ndarray]:
+    usable = range(*key_range(drive.scene, geometry))
+    seen = [(at, own) for at, own in zip(drive.frames, drive.cameras, strict=True) if at in usable]
+    arrays = _labelled(drive.scene, [at for at, _ in seen], index, geometry)
+    if arrays:
+        arrays["images"] = np.stack([rig_images(own, rig) for _, own in seen])
+    return arrays
+
+
+def _check_new(folder: Path) -> None:
+    if (folder / "manifest.json").exists():
+        raise DataError(f"{folder} holds a data set already, and data is frozen. Give another DIR.")
 
 
 def freeze(
@@ -122,13 +173,22 @@ def label_scene(
     with np.load(path) as stored:
         scene = {name: stored[name] for name in stored.files}
     frames = key_frames(scene, geometry)
+    arrays = _labelled(scene, frames, index, geometry)
+    if arrays:
+        arrays["images"] = _draw(path, frames, rig, python)
+    return arrays
+
+
+def _labelled(
+    scene: Scene, frames: Sequence[int], index: int, geometry: Geometry
+) -> dict[str, np.ndarray]:
+    """Returns key frames without images; empty if there are none."""
     if not frames:
         return {}
     labelled = [label_frame(scene, at, geometry) for at in frames]
     arrays = {name: np.stack([one[name] for one in labelled]) for name in labelled[0]}
     arrays["scene"] = np.full(len(frames), index, np.int32)
     arrays["frame"] = np.arange(len(frames), dtype=np.int32) + 1000 * index
-    arrays["images"] = _draw(path, frames, rig, python)
     return arrays
 
 

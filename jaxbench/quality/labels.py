@@ -48,13 +48,19 @@ class Geometry:
     lane_spacing_m: float = 4.0
 
 
+def key_range(scene: Scene, geometry: Geometry) -> tuple[int, int]:
+    """Returns the first state with a whole past, and the first without a whole future."""
+    stride = round(geometry.step_s / float(scene["dt"]))
+    return (
+        (geometry.num_past - 1) * stride,
+        len(scene["tracks"]) - geometry.num_future * stride,
+    )
+
+
 def key_frames(scene: Scene, geometry: Geometry) -> list[int]:
     """Returns the states that have whole pasts and futures, `every_s` apart."""
-    stride = round(geometry.step_s / float(scene["dt"]))
-    first = (geometry.num_past - 1) * stride
-    last = len(scene["tracks"]) - 1 - geometry.num_future * stride
     apart = max(1, round(geometry.every_s / float(scene["dt"])))
-    return [at for at in range(first, last + 1, apart) if scene["valid"][at, 0]]
+    return [at for at in range(*key_range(scene, geometry), apart) if scene["valid"][at, 0]]
 
 
 def label_frame(scene: Scene, at: int, geometry: Geometry) -> dict[str, np.ndarray]:

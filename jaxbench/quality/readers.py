@@ -1,8 +1,8 @@
 """Data of one's own: ScenarioNet folders, into which Waymo, nuScenes, nuPlan and Argoverse convert.
 
 A ScenarioNet folder holds one pickled ScenarioDescription a file. Unpickling runs code: read only
-files that you trust. Scenes become the arrays that `labels.py` describes; `build.freeze` freezes
-them once they have images, and forecasting and planning need none.
+files that you trust. Scenes become the arrays that `labels.py` describes. They have no images, and
+forecasting and planning need none.
 
 Source: Li et al., "ScenarioNet", NeurIPS 2023; the ScenarioDescription of MetaDrive 0.4.3.
 """

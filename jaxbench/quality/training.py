@@ -27,7 +27,7 @@ from jaxbench.discovery import load_described
 from jaxbench.quality.shards import Data, read_data
 from jaxbench.quality.tasks import find_task, fit_to_data
 
-TRAINING = "adamw-cosine-1"
+TRAINING = "adamw-cosine-2"
 _WARM_SHARE = 0.05
 _SCORE_BATCH = 16
 # Most of the time would go into optimising code that runs once.
@@ -100,7 +100,8 @@ class _Run:
         self._task = find_task(network)
         self._train = self._task.prepare(frames.train, frames.about, network)
         self._test = self._task.prepare(frames.test, frames.about, network)
-        self._order = [_order(len(frames.train["scene"]), schedule.batch, seed) for seed in seeds]
+        size = len(next(iter(self._train.values())))
+        self._order = [_order(size, schedule.batch, seed) for seed in seeds]
         # The rate is an argument of the step, so that all rates share one program: an update of
         # AdamW is its rate times what does not depend on it.
         self._rate = optax.warmup_cosine_decay_schedule(
