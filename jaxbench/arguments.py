@@ -123,6 +123,11 @@ def positive_integer(text: str) -> int:
     return value
 
 
+def numbers(text: str) -> tuple[float, ...]:
+    """Numbers with commas between them."""
+    return tuple(float(one) for one in text.split(","))
+
+
 def _add_compare(commands: Any) -> None:
     parser = _add(
         commands, "compare", "two candidates head to head, or two runs before and after a change"
@@ -345,6 +350,13 @@ def _add_quality(commands: Any) -> None:
         default=1,
         metavar="N",
         help="seeds trained side by side in one program",
+    )
+    parser.add_argument(
+        "--scales",
+        type=numbers,
+        default=(1.0,),
+        metavar="X,X",
+        help="judge at all these multiples of every width, and say how the damage goes (default 1)",
     )
     parser.add_argument(
         "--records", type=Path, metavar="DIR", help="records of these networks, for time to target"

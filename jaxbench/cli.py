@@ -312,7 +312,7 @@ def _quality(arguments: argparse.Namespace) -> int:
     if not arguments.variants:
         raise UsageError("quality needs a base and at least one variant, BASE VARIANT...")
     with progress_line() as progress:
-        judged = judge_named(
+        ladder = judge_named(
             arguments.base,
             arguments.variants,
             files=arguments.files,
@@ -327,12 +327,19 @@ def _quality(arguments: argparse.Namespace) -> int:
             ),
             limits=_limits(arguments),
             progress=progress,
+            scales=arguments.scales,
         )
-    times = target_times(judged, _read(arguments.records) if arguments.records else [])
+    records = _read(arguments.records) if arguments.records else []
+    times = target_times(ladder[-1], records)
     if arguments.page:
-        write_quality_page(arguments.page, judged, times, arguments.data)
-    values = {**judged.to_json(), "times": times}
-    _show(arguments, {"values": values, "tables": quality_tables(judged, times)})
+        write_quality_page(arguments.page, ladder, times, arguments.data)
+    values = {
+        **ladder[-1].to_json(),
+        "times": times,
+        "scales": arguments.scales,
+        "ladder": [judged.to_json() for judged in ladder],
+    }
+    _show(arguments, {"values": values, "tables": quality_tables(ladder, times)})
     return 0
 
 

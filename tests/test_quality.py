@@ -23,13 +23,14 @@ from jaxbench.lines import read_lines
 from jaxbench.models import bev, planner
 from jaxbench.quality import bench, protocol_worker, training
 from jaxbench.quality.judged import Judged, Plan
-from jaxbench.quality.protocol import judge
+from jaxbench.quality.protocol import judge, judge_named
 from jaxbench.quality.protocol_worker import describe_task, output_shapes
 from jaxbench.quality.runs import RUNS
 from jaxbench.quality.shards import packaged_folder, read_data
 from jaxbench.quality.static import check_rewrite
 from jaxbench.quality.tasks import find_task, fit_to_data
 from jaxbench.quality.tokens import draw_tokens
+from jaxbench.report.quality import quality_tables
 from jaxbench.run import Limits
 
 __all__ = ["shared_cache"]
@@ -234,6 +235,40 @@ def test_judge_training_that_fails_is_one_line_and_keeps_what_was_done(
     with pytest.raises(DataError, match="bev-drive-thin with seeds .* SIGKILL"):
         run(tmp_path, THIN, pairs=2)
     assert list(read_lines(tmp_path / RUNS))
+
+
+def test_judge_at_several_scales_says_how_the_damage_goes(
+    trainer: FakeTrainer, tmp_path: Path
+) -> None:
+    trainer.levels[THIN["name"]] = 0.8 - 0.02
+    small, large = judge_named(
+        BASE["name"],
+        [THIN["name"]],
+        files=(),
+        data=DATA,
+        out=tmp_path,
+        plan=Plan(),
+        limits=QUICK,
+        progress=lambda *_: None,
+        scales=(0.5, 1.0),
+    )
+    assert (small.base, large.base) == ("bev-drive-gather-x0.5", BASE["name"])
+    assert words(small)["bev-drive-thin-x0.5"] == "equivalent"
+    table = next(one for one in quality_tables((small, large)) if "by scale" in one.title)
+    assert table.rows[0][0] == "bev-drive-thin-x0.5"
+    assert table.rows[0][3].startswith("grows: +0.")
+    with pytest.raises(UsageError, match="A scale of 0 leaves no network"):
+        judge_named(
+            BASE["name"],
+            [THIN["name"]],
+            files=(),
+            data=DATA,
+            out=tmp_path,
+            plan=Plan(),
+            limits=QUICK,
+            progress=lambda *_: None,
+            scales=(0.0,),
+        )
 
 
 # The real trainer and data.

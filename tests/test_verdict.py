@@ -5,8 +5,10 @@ import math
 import numpy as np
 import pytest
 
-from jaxbench.quality.control import halve_width
+from jaxbench.errors import DataError
+from jaxbench.quality.control import halve_width, scale_width
 from jaxbench.quality.verdict import (
+    damage_trend,
     extra_share,
     find_margin,
     find_power,
@@ -104,3 +106,23 @@ def test_halve_width_halves_widths_alone() -> None:
     assert halved["config"] == {**config, "stem": 8, "camera_channels": (16, 32)}
     assert halved["name"] == "net-half"
     assert config["stem"] == 16
+
+
+def test_scale_width_keeps_the_group_and_the_file_it_is_made_from() -> None:
+    config = {"embed_dim": 64, "channels": (8, 12), "num_heads": 4}
+    described = {"name": "net", "base": "base", "config": config}
+    doubled = scale_width(described, 2)
+    assert doubled["config"] == {"embed_dim": 128, "channels": (16, 24), "num_heads": 4}
+    assert (doubled["name"], doubled["base"], doubled["of"]) == ("net-x2", "base-x2", "net")
+    assert scale_width(described, 1) == described
+    with pytest.raises(DataError, match=r"has no width to take times 1.5"):
+        scale_width({**described, "config": {"num_heads": 4}}, 1.5)
+
+
+def test_damage_trend_is_said_only_where_it_is_seen() -> None:
+    small = judge_pairs([0.01, 0.02, 0.03, 0.02], 0.1)
+    large = judge_pairs([0.08, 0.09, 0.07, 0.09], 0.1)
+    assert damage_trend(small, large).startswith("grows: +0.62 [")
+    assert damage_trend(large, small).startswith("shrinks: -0.62 [")
+    assert damage_trend(small, small).startswith("no trend seen: +0.00 [")
+    assert damage_trend(small, None) == "not known"

@@ -1,4 +1,4 @@
-"""The negative control: the base at half its width, which must be found worse."""
+"""Networks at other widths: the negative control, which must be found worse, and other scales."""
 
 from __future__ import annotations
 
@@ -19,18 +19,9 @@ def halve_width(described: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       DataError: if its config has none that can be halved.
     """
-    config, halved = dict(described["config"]), []
-    for name, value in config.items():
-        if _WIDTH.search(name) and not _NOT.search(name):
-            half = _half(value)
-            if half != value:
-                config[name] = half
-                halved.append(name)
+    config, halved = _scaled(described, 0.5)
     if not halved:
-        raise DataError(
-            f"{described['name']} has no width to halve for the negative control: none of its "
-            "fields is called stem, channels, width, context, embed_dim or mlp_dim."
-        )
+        raise DataError(f"{described['name']} has no width to halve for the negative control{_SO}")
     return {
         **described,
         "name": f"{described['name']}-half",
@@ -41,9 +32,46 @@ def halve_width(described: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _half(value: Any) -> Any:
+def scale_width(described: Mapping[str, Any], scale: float) -> dict[str, Any]:
+    """Returns the description of a network with every width of its config times `scale`.
+
+    Raises:
+      DataError: if its config has none, or it is what it was.
+    """
+    if scale == 1:
+        return dict(described)
+    config, scaled = _scaled(described, scale)
+    if not scaled:
+        raise DataError(f"{described['name']} has no width to take times {scale:g}{_SO}")
+    return {
+        **described,
+        "name": f"{described['name']}-x{scale:g}",
+        "config": config,
+        "base": f"{described['base']}-x{scale:g}",
+        "of": described.get("of", described["name"]),
+    }
+
+
+_SO = (
+    ": none of its fields is called stem, channels, width, context, embed_dim or mlp_dim, with a "
+    "value that can be changed so."
+)
+
+
+def _scaled(described: Mapping[str, Any], scale: float) -> tuple[dict[str, Any], list[str]]:
+    """Returns a config with other widths, and the fields that changed."""
+    config, changed = dict(described["config"]), []
+    for name, value in config.items():
+        if _WIDTH.search(name) and not _NOT.search(name):
+            config[name] = _times(value, scale)
+            if config[name] != value:
+                changed.append(name)
+    return config, changed
+
+
+def _times(value: Any, scale: float) -> Any:
     if isinstance(value, list | tuple):
-        return type(value)(_half(item) for item in value)
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 2:
-        return value // 2
+        return type(value)(_times(item, scale) for item in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return max(1, int(value * scale)) if value else value
     return value

@@ -19,7 +19,7 @@ from typing import Any
 
 from jaxbench.errors import DataError, UsageError
 from jaxbench.quality.bench import Bench, Curve, Described, mean_curve
-from jaxbench.quality.control import halve_width
+from jaxbench.quality.control import halve_width, scale_width
 from jaxbench.quality.judged import Judged, Plan, Verdict, Word
 from jaxbench.quality.shards import packaged_folder
 from jaxbench.quality.verdict import (
@@ -79,13 +79,22 @@ def judge_named(
     plan: Plan,
     limits: Limits,
     progress: Progress,
-) -> Judged:
+    scales: Sequence[float] = (1.0,),
+) -> tuple[Judged, ...]:
     """Judges candidates by name, on the small data set that ships with jaxbench if none is given.
 
+    Args:
+      scales: What all widths are multiplied by; all is judged once at each.
+
+    Returns:
+      What was found at each scale.
+
     Raises:
-      UsageError: if there is no such candidate.
-      DataError: as `judge`.
+      UsageError: if there is no such candidate, or a scale is not positive.
+      DataError: as `judge`, or where there is no width to scale.
     """
+    if wrong := [scale for scale in scales if not scale > 0]:
+        raise UsageError(f"A scale of {wrong[0]:g} leaves no network. Give positive --scales.")
     sources = [*families_of([base, *variants]), *(str(Path(file).resolve()) for file in files)]
     described = {one["name"]: one for one in describe(sources, limits)}
     for name in (base, *variants):
@@ -94,16 +103,19 @@ def judge_named(
                 f"No candidate {name!r}. `jaxbench list candidates` shows those there are; --from "
                 "FILE adds a file's."
             )
-    own = described[base]
-    return judge(
-        own,
-        [described[name] for name in variants],
-        rewrite=_find_rewrite(own, described.values()),
-        data=data or packaged_folder(),
-        out=out,
-        plan=plan,
-        limits=limits,
-        progress=progress,
+    rewrite = _find_rewrite(described[base], described.values())
+    return tuple(
+        judge(
+            scale_width(described[base], scale),
+            [scale_width(described[name], scale) for name in variants],
+            rewrite=rewrite and scale_width(rewrite, scale),
+            data=data or packaged_folder(),
+            out=out,
+            plan=plan,
+            limits=limits,
+            progress=progress,
+        )
+        for scale in scales
     )
 
 

@@ -116,6 +116,25 @@ def word_of(paired: Paired, adjusted_p: float) -> Word:
     return "inconclusive"
 
 
+def damage_trend(first: Paired | None, last: Paired | None) -> str:
+    """Says how damage, in margins, goes from the first scale to the last (95 %, two-sided).
+
+    By Welch's interval of the difference of both means.
+    """
+    if not first or not last or not (math.isfinite(first.mean) and math.isfinite(last.mean)):
+        return "not known"
+    change = last.mean / last.margin - first.mean / first.margin
+    parts = [(one.deviation / one.margin) ** 2 / len(one.damages) or 1e-24 for one in (first, last)]
+    freedom = sum(parts) ** 2 / sum(
+        part**2 / (len(one.damages) - 1) for part, one in zip(parts, (first, last), strict=True)
+    )
+    reach = float(stats.t.ppf(0.975, freedom)) * math.sqrt(sum(parts))
+    said = f"{change:+.2f} [{change - reach:+.2f}, {change + reach:+.2f}]"
+    if abs(change) <= reach:
+        return f"no trend seen: {said}"
+    return f"{'grows' if change > 0 else 'shrinks'}: {said}"
+
+
 def find_margin(control_damages: Sequence[float]) -> float | None:
     """Returns a quarter of the negative control's mean damage; None where it is not positive.
 

@@ -9,22 +9,26 @@ from pathlib import Path
 from jaxbench.quality.judged import Judged, Verdict
 from jaxbench.quality.shards import packaged_folder, read_data
 from jaxbench.quality.target_time import TargetTime
+from jaxbench.quality.verdict import damage_trend
 from jaxbench.report.markdown import write_tables
 from jaxbench.report.picture import frame_picture
 from jaxbench.report.tables import Table
 from jaxbench.stats import Interval
 
 
-def quality_tables(judged: Judged, times: Sequence[TargetTime] = ()) -> list[Table]:
-    """Returns the verdicts, what they rest on, and times to target where there are records."""
-    tables = [_verdict_table(judged), _run_table(judged)]
-    return [*tables, _time_table(judged, times)] if times else tables
+def quality_tables(ladder: Sequence[Judged], times: Sequence[TargetTime] = ()) -> list[Table]:
+    """Returns the verdicts at each scale, what they rest on, how damage goes with scale, and times
+    to target of the last scale where there are records."""
+    tables = [table(judged) for judged in ladder for table in (_verdict_table, _run_table)]
+    tables += [_ladder_table(ladder)] if len(ladder) > 1 else []
+    return [*tables, _time_table(ladder[-1], times)] if times else tables
 
 
 def write_quality_page(
-    page: Path, judged: Judged, times: Sequence[TargetTime], data: Path | None
+    page: Path, ladder: Sequence[Judged], times: Sequence[TargetTime], data: Path | None
 ) -> None:
     """Writes the verdicts as a page, with pictures of key frames."""
+    judged = ladder[-1]
     frames = read_data(data or packaged_folder())
     size = len(frames.test["scene"])
     pictures = {
@@ -39,7 +43,26 @@ def write_quality_page(
         "pedestrians: good for comparing architectures, no claim on real roads."
     )
     write_tables(
-        page, f"Verdicts against {judged.base}", about, quality_tables(judged, times), pictures
+        page, f"Verdicts against {judged.base}", about, quality_tables(ladder, times), pictures
+    )
+
+
+def _ladder_table(ladder: Sequence[Judged]) -> Table:
+    """Damage in margins, rung by rung; only what was trained is spoken of."""
+    rows = []
+    for steps in zip(*(judged.verdicts for judged in ladder), strict=True):
+        shown = [
+            f"{one.word} {one.paired.mean / one.paired.margin:+.2f}"
+            if one.paired and math.isfinite(one.paired.mean)
+            else one.word
+            for one in steps
+        ]
+        rows.append((steps[0].name, *shown, damage_trend(steps[0].paired, steps[-1].paired)))
+    return Table(
+        title="Verdict and damage in margins, by scale",
+        header=("network", *(judged.base for judged in ladder), "from first to last"),
+        rows=tuple(rows),
+        notes=("Nothing is claimed of networks smaller or larger than these.",),
     )
 
 
