@@ -21,7 +21,7 @@ from jaxbench.worker import Job, run_jobs
 _CODE = ("cost.py", "network.py", "network.toml", "chips.toml", "program.py", "layout.py")
 
 
-_TOGETHER = 4  # blocks in a worker
+_TOGETHER = 8  # blocks in a worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class PriceBook:
                 "cpu_peaks": self._cpu_peaks if first.target.kind == "cpu" else None,
                 "forward_only": forward,
             },
-            limit_s=self._limits.limit_s,
+            limit_s=self._limits.limit_s * len(group),
             limit_bytes=self._limits.limit_bytes,
         )
 
