@@ -25,7 +25,7 @@ from jaxbench.target import Target, missing_compiler, parse_target
 from jaxbench.worker import Conversation, Job
 
 _BATCH = 16  # trials asked for at once
-_STALE = 2_000  # trials without a new network
+_STALE, _NEW = 2_000, 40  # trials that gave fewer new networks: the sampler has come to an end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -238,10 +238,13 @@ class _Line:
 
     def _explore(self, trials: Trials) -> _Told:
         """Asks and tells until as many networks as planned have a price."""
-        told, stale = _Told(), 0
+        told = _Told()
+        recent = collections.deque[int](maxlen=_STALE // _BATCH)
         for _, point, values in trials.finished():
             self._sort_in(told, self._points.resolve(point), values)
-        while len(told.networks) < self._plan.budget and stale < _STALE:
+        while len(told.networks) < self._plan.budget and (
+            len(recent) < _STALE // _BATCH or sum(recent) >= _NEW
+        ):
             before = len(told.networks)
             asked = trials.ask(min(_BATCH, self._plan.budget - before))
             resolved = {number: self._points.resolve(point) for number, point in asked}
@@ -250,7 +253,7 @@ class _Line:
                 values = self._values(one)
                 trials.tell(number, values)
                 self._sort_in(told, one, values)
-            stale = 0 if len(told.networks) > before else stale + len(asked)
+            recent.append(len(told.networks) - before)
             self._progress("networks priced", len(told.networks), self._plan.budget)
         return told
 

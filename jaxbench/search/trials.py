@@ -21,7 +21,8 @@ from jaxbench.errors import UsageError
 
 SamplerName = Literal["nsga2", "tpe", "random"]
 WORST_S = 1e9  # told for what has no price
-_POPULATION = 50
+_POPULATION = 100
+_MUTATED = 2.0  # choices of a child, on average: with one, half of all children are known already
 
 
 class Trials:
@@ -61,7 +62,12 @@ class Trials:
             study_name=described["name"],
             directions=[optuna.study.StudyDirection.MINIMIZE for _ in targets],
             load_if_exists=True,
-            sampler=_sampler(sampler, seed, lambda trial: violations(self._point(trial.params))),
+            sampler=_sampler(
+                sampler,
+                len(self._choices),
+                seed,
+                lambda trial: violations(self._point(trial.params)),
+            ),
         )
         self._token, self._held = secrets.token_hex(8), None
         self._hold()
@@ -169,14 +175,19 @@ def _distribution(values: Sequence[Any]) -> Any:
     return CategoricalDistribution(list(range(len(values))))
 
 
-def _sampler(name: SamplerName, seed: int | None, violations: Callable[[Any], Any]) -> Any:
+def _sampler(
+    name: SamplerName, num_choices: int, seed: int | None, violations: Callable[[Any], Any]
+) -> Any:
     import optuna
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # constraints are experimental in Optuna
         if name == "nsga2":
             return optuna.samplers.NSGAIISampler(
-                population_size=_POPULATION, seed=seed, constraints_func=violations
+                population_size=_POPULATION,
+                mutation_prob=min(1.0, _MUTATED / num_choices),
+                seed=seed,
+                constraints_func=violations,
             )
         if name == "tpe":
             return optuna.samplers.TPESampler(
