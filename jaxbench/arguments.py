@@ -60,9 +60,12 @@ def _add(commands: Any, name: str, about: str) -> Any:
 
 
 def _add_list(commands: Any) -> None:
-    parser = _add(commands, "list", "what there is: candidates, targets, suites")
+    parser = _add(commands, "list", "what there is: candidates, targets, suites, spaces")
     parser.add_argument(
-        "what", nargs="?", choices=("candidates", "targets", "suites"), help="all three if left out"
+        "what",
+        nargs="?",
+        choices=("candidates", "targets", "suites", "spaces"),
+        help="all of them if left out",
     )
     parser.add_argument(
         "families", nargs="*", metavar="FAMILY", help="candidates of these families only"

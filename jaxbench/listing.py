@@ -1,4 +1,4 @@
-"""What there is: candidates, targets and suites."""
+"""What there is: candidates, targets, suites and search spaces."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jaxbench.run import Progress, describe, families_of
 from jaxbench.sizes import size_candidates
 from jaxbench.suite import load_suite, suite_names
 from jaxbench.target import chip_table, missing_compiler
+from jaxbench.worker import call_in_worker
 
 
 def list_everything(
@@ -21,8 +22,8 @@ def list_everything(
     """Returns the tables and JSON-ready values of one kind of thing, or an overview of all.
 
     Args:
-      what: `candidates`, with their sizes, `targets` or `suites`; None for suites, targets and
-        families.
+      what: `candidates`, with their sizes, `targets`, `suites` or `spaces`; None for suites,
+        spaces, targets and families.
       families: Families whose candidates are listed; all if empty.
       progress: Is told of what is counted; sizes that are not in the cache take seconds each.
 
@@ -34,7 +35,12 @@ def list_everything(
     if what == "candidates":
         described, tables = _candidates(_modules(families), progress)
         return {"values": {"candidates": described}, "tables": tables}
-    makers = {"suites": _suites, "targets": _targets, "candidates": _families}
+    makers = {
+        "suites": _suites,
+        "spaces": _spaces,
+        "targets": _targets,
+        "candidates": _families,
+    }
     chosen = [what] if what else list(makers)
     found = {name: makers[name]() for name in chosen}
     return {
@@ -48,6 +54,17 @@ def _suites() -> tuple[list[dict[str, Any]], Table]:
     values = [{"name": suite.name, "about": suite.about} for suite in suites]
     rows = tuple((suite.name, suite.about) for suite in suites)
     return values, Table(title="Suites", header=("suite", "about"), rows=rows)
+
+
+def _spaces() -> tuple[list[dict[str, Any]], Table]:
+    values = call_in_worker("jaxbench.search.server:describe_spaces")
+    rows = tuple(
+        (one["name"], one["base"], f"{one['num_points']:,}", ", ".join(one["choices"]))
+        for one in values
+    )
+    header = ("space", "base", "points", "choices")
+    note = "`jaxbench search SPACE` looks for faster networks in one."
+    return values, Table(title="Search spaces", header=header, rows=rows, notes=(note,))
 
 
 def _targets() -> tuple[list[dict[str, Any]], Table]:

@@ -218,7 +218,10 @@ def test_cli_list_candidates_json_gives_those_of_the_families(shared_cache: Path
     code, stdout, stderr = jaxbench("list", "--json", cache=shared_cache)
     assert (code, stderr) == (0, "")
     values = parse(stdout)
-    assert values.keys() == {"candidates", "targets", "suites"}
+    assert values.keys() == {"candidates", "targets", "suites", "spaces"}
+    spaces = {one["name"]: one for one in values["spaces"]}
+    assert spaces["bev"]["base"] == "bev-drive-gather"
+    assert min(one["num_points"] for one in values["spaces"]) >= 100_000
     names = [one["name"] for one in values["candidates"]]
     assert len(set(names)) == len(names) > 5
     assert {one["base"] for one in values["candidates"]} <= set(names)

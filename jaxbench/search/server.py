@@ -9,7 +9,13 @@ from typing import Any
 
 from jaxbench import cache
 from jaxbench.candidate import Candidate
-from jaxbench.discovery import describe_candidates, family_modules, load_module, source_digest
+from jaxbench.discovery import (
+    describe_candidates,
+    family_modules,
+    load_module,
+    source_digest,
+    space_modules,
+)
 from jaxbench.errors import CandidateError, Failure
 from jaxbench.search.block import Block, merge_blocks
 from jaxbench.search.blockstep import Weight, price_block, weigh_block
@@ -160,6 +166,22 @@ def space_of(module: Any, source: str) -> Space:
         )
     space.check()
     return space
+
+
+def describe_spaces() -> list[dict[str, Any]]:
+    """Returns what the shipped spaces are, JSON-ready."""
+    found = []
+    for source in space_modules().values():
+        space = space_of(load_module(source), source)
+        found.append(
+            {
+                "name": space.name,
+                "base": space.base.name,
+                "num_points": space.num_points,
+                "choices": [choice.name for choice in space.choices],
+            }
+        )
+    return found
 
 
 def _describe_base(space: Space, source: str, own: Sequence[Candidate]) -> dict[str, Any]:
