@@ -339,7 +339,7 @@ def _add_quality(commands: Any) -> None:
         "--data", type=Path, metavar="DIR", help="a data set (default: the small one that ships)"
     )
     parser.add_argument("--pairs", type=positive_integer, default=6, metavar="N")
-    parser.add_argument("--steps", type=positive_integer, default=200, metavar="N")
+    parser.add_argument("--steps", type=positive_integer, default=300, metavar="N")
     parser.add_argument("--batch", type=positive_integer, default=8, metavar="N")
     parser.add_argument(
         "--margin",

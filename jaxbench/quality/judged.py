@@ -28,7 +28,7 @@ class Plan:
     """
 
     pairs: int = 6
-    steps: int = 200
+    steps: int = 300
     batch: int = 8
     checks: int = 5
     margin: float | None = None
