@@ -35,7 +35,7 @@ class Plan:
     Attributes:
       budget: Different networks priced.
       num_sample: Random networks compiled whole, to fit and check the composition.
-      num_whole: Networks of the front compiled whole.
+      num_whole: Networks of the front compiled whole; the winners always are, unless it is 0.
       bound: Median composition error above which a target's networks are compiled whole.
       measure: Also time the front on attached targets.
     """
@@ -300,6 +300,8 @@ class _Line:
     def _front(self, networks: Mapping[str, Network]) -> list[str]:
         """Returns the front by composed times, without the base: first one for all targets and
         each target's winner, then those in between."""
+        if not self._plan.num_whole:
+            return []
         times = {name: one.composed_s for name, one in networks.items()}
         first = dict.fromkeys([least_worst(times), *winners(times).values()])
         rest = sorted(
