@@ -21,11 +21,16 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["JAXBENCH_CACHE"] = str(cache.mkdir("jaxbench"))
 
 
+# Files that take minutes: begun first, none of them is waited for at the end.
+LONG = ("test_cli.py", "test_quality.py", "test_search.py", "test_cost.py", "test_measure.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps the tests of a file in one process, when several run them, unless they say otherwise.
 
     They share traced programs and fixtures.
     """
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
