@@ -282,7 +282,7 @@ def _score_plan(module: Any, batch: dict[str, Any]) -> Sums:
 
 # --- Tokens ---------------------------------------------------------------------------------------
 
-_SEQUENCES = 8  # drawn for each key frame: a language has no end of them
+_SEQUENCES = 3  # drawn for each key frame: a default run sees none of them twice
 
 
 def _prepare_tokens(arrays: Arrays, about: Mapping[str, Any], candidate: Candidate) -> Any:
