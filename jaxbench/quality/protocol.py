@@ -2,7 +2,8 @@
 
 A. An exact rewrite (T0) is checked by values and gradients; if it is one, nothing is trained.
 B. Screen: one seed, three learning rates, the same for all. It rejects what is worse than the base
-   by more than three deviations, and never accepts; each network keeps its best rate.
+   by more than three deviations, and never accepts. Each network keeps its best rate, which is the
+   base's unless another is better by more than the noise of one seed.
 C. Confirm: fresh seeds in pairs with the base. Verdicts by `verdict.py`, Holm over all confirmed.
 D. Assay sensitivity, in the same runs: a negative control (half width) must be found inferior, an
    exact rewrite of the base must not; else the test cannot tell, and there is no verdict.
@@ -206,16 +207,22 @@ class _Judge:
         self.bench.train(
             [(one, rate, _SCREEN_SEED) for one in networks for rate in rates], "screening"
         )
+        # The base's own noise, of two more seeds at its rate.
+        own_rate = self._best_rate(self.base, rates)
+        self.bench.train([(self.base, own_rate, _SCREEN_SEED + at) for at in (1, 2)], "screening")
+        own = [self.bench.metric(self.base, own_rate, _SCREEN_SEED + at) for at in range(3)]
+        noise = statistics.stdev(self._require(own))
         best = {}
         for one in networks:
-            metrics = {rate: self.bench.metric(one, rate, _SCREEN_SEED) for rate in rates}
-            self.bench.rates[one["name"]] = max(rates, key=lambda rate: _or_worst(metrics[rate]))
-            best[one["name"]] = _or_worst(metrics[self.bench.rates[one["name"]]])
-        # The base's own noise, of two more seeds at its rate.
-        rate = self.bench.rates[self.base["name"]]
-        self.bench.train([(self.base, rate, _SCREEN_SEED + at) for at in (1, 2)], "screening")
-        own = [self.bench.metric(self.base, rate, _SCREEN_SEED + at) for at in range(3)]
-        noise = statistics.stdev(self._require(own))
+            rate = self._best_rate(one, rates)
+            found, at_own = (
+                _or_worst(self.bench.metric(one, which, _SCREEN_SEED)) for which in (rate, own_rate)
+            )
+            # Of one seed, a rate that is better by no more than noise is no better.
+            rate, best[one["name"]] = (
+                (rate, found) if found > at_own + noise * math.sqrt(2) else (own_rate, at_own)
+            )
+            self.bench.rates[one["name"]] = rate
         limit = best[self.base["name"]] - _SCREEN_DEVIATIONS * noise * math.sqrt(2)
         return {
             one["name"]: (
@@ -225,6 +232,9 @@ class _Judge:
             for one in self.variants
             if one["name"] in best and best[one["name"]] < limit
         }
+
+    def _best_rate(self, one: Described, rates: Sequence[float]) -> float:
+        return max(rates, key=lambda rate: _or_worst(self.bench.metric(one, rate, _SCREEN_SEED)))
 
     def _confirm(self, networks: Sequence[Described]) -> None:
         self.bench.train(
