@@ -28,20 +28,25 @@ def write_quality_page(
     page: Path, ladder: Sequence[Judged], times: Sequence[TargetTime], data: Path | None
 ) -> None:
     """Writes the verdicts as a page, with pictures of key frames."""
-    judged = ladder[-1]
-    frames = read_data(data or packaged_folder())
-    size = len(frames.test["scene"])
-    pictures = {
-        f"frame-{number}.png": frame_picture(
-            frames.test, size * (2 * number + 1) // 6, extent_m=frames.about["extent_m"]
-        )
-        for number in range(3)
-    }
+    judged, frames = ladder[-1], read_data(data or packaged_folder())
+    size, pictures = len(frames.test["scene"]), {}
     about = (
         f"{len(frames.train['scene'])} key frames to train on and {size} to judge by, of "
-        f"{frames.about['source']}; data {frames.digest[:12]}. Flat shading, flat ground, no "
-        "pedestrians: good for comparing architectures, no claim on real roads."
+        f"{frames.about['source']}; data {frames.digest[:12]}. "
     )
+    if judged.task == "tokens":
+        about += "Sequences of a generated language, drawn from the key frames' numbers alone."
+    else:
+        about += (
+            "Flat shading, flat ground, no pedestrians: good for comparing architectures, no claim "
+            "on real roads."
+        )
+        pictures = {
+            f"frame-{number}.png": frame_picture(
+                frames.test, size * (2 * number + 1) // 6, extent_m=frames.about["extent_m"]
+            )
+            for number in range(3)
+        }
     write_tables(
         page, f"Verdicts against {judged.base}", about, quality_tables(ladder, times), pictures
     )
