@@ -211,9 +211,9 @@ def test_parameters_carry_logical_axes_that_layouts_know(name: str) -> None:
         assert len(axes) == len(parameter.shape), path
         assert set(axes) - {None} <= known, path
         # What FSDP splits divides over its devices: 8 here, 32 on a slice of a pod. EfficientNet's
-        # published widths, such as 24 and 40, divide by no more than 8; what drives trains on one.
+        # published widths, such as 24 and 40, divide by no more than 8; those that drive, by 2.
         ways = NUM_DEVICES if candidate.size == "cpu" or candidate.family == "convnet" else 32
-        ways = 1 if candidate.size == "drive" else ways
+        ways = 2 if candidate.size == "drive" else ways
         split = [size for size, axis in zip(parameter.shape, axes, strict=True) if axis in SPLIT]
         assert not [size for size in split if size % ways], path
 
@@ -225,6 +225,13 @@ def test_lowers_for_absent_devices(name: str, layout: str, platform: str) -> Non
     assert built.mathematics.flops > 0
     # Sharding does not change what is computed, nor does the platform.
     assert built.mathematics == build(name, DATA, "tpu").program.mathematics
+
+
+@pytest.mark.every  # each layout and each platform are held above; these are their other pairs
+@each("name", [name for name in CPU_NAMES if name in BASES], held="all")
+@pytest.mark.parametrize(("layout", "platform"), [("data", "cuda"), ("fsdp", "tpu")])
+def test_base_lowers_for_the_other_pairs(name: str, layout: str, platform: str) -> None:
+    test_lowers_for_absent_devices(name, layout, platform)
 
 
 # --- What it computes ---
@@ -330,6 +337,13 @@ def test_step_over_8_devices_gives_the_losses_of_one(name: str) -> None:
 @each("name", CPU_NAMES, held="bases")
 def test_candidate_learns_its_batch(name: str) -> None:
     losses = train(name, ONE, "float32", NUM_STEPS)
+    assert losses[-1] < LEARNT * losses[0]
+
+
+@pytest.mark.every  # bfloat16 compiles for ten times as long
+@each("name", CPU_NAMES, held="all")
+def test_candidate_learns_its_batch_in_the_workloads_dtype(name: str) -> None:
+    losses = train(name, ONE, load(name).workload.dtype, NUM_STEPS)
     assert losses[-1] < LEARNT * losses[0]
 
 
