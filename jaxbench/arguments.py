@@ -355,6 +355,13 @@ def _add_quality(commands: Any) -> None:
         help="seeds trained side by side in one program",
     )
     parser.add_argument(
+        "--rollout",
+        type=positive_integer,
+        default=0,
+        metavar="N",
+        help="scenes that each confirmed planner also drives in MetaDrive (default 0)",
+    )
+    parser.add_argument(
         "--scales",
         type=numbers,
         default=(1.0,),

@@ -324,6 +324,7 @@ def _quality(arguments: argparse.Namespace) -> int:
                 batch=arguments.batch,
                 margin=arguments.margin,
                 together=arguments.together,
+                rollout=arguments.rollout,
             ),
             limits=_limits(arguments),
             progress=progress,

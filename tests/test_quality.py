@@ -48,7 +48,7 @@ class FakeTrainer:
         self.levels, self.noise, self.num_runs = levels, noise, 0
         self.diverging: set[tuple[str, int]] = set()
         self.digest = "a" * 64
-        self.is_exact = True
+        self.is_exact, self.drives = True, False
 
     def __call__(self, jobs: list[Any], *, num_workers: int) -> Iterator[tuple[Any, Any]]:
         for job in jobs:
@@ -56,7 +56,8 @@ class FakeTrainer:
             yield job, getattr(self, function)(**job.arguments)
 
     def describe_task(self, **_: Any) -> dict[str, Any]:
-        return {"task": "map", "metric": "IoU", "data_digest": self.digest}
+        task = {"task": "map", "metric": "IoU", "drives": self.drives}
+        return {**task, "data_digest": self.digest}
 
     def output_shapes(self, **_: Any) -> list[list[int]]:
         return [[], [], []]
@@ -64,7 +65,15 @@ class FakeTrainer:
     def check_rewrite(self, **_: Any) -> dict[str, Any]:
         return {"exact": self.is_exact, "reason": "loss within 1e-7"}
 
-    def train_network(self, *, described: Any, seeds: list[int], learning_rate: float, **_: Any):
+    def train_network(
+        self,
+        *,
+        described: Any,
+        seeds: list[int],
+        learning_rate: float,
+        rollout: Any = None,
+        **_: Any,
+    ) -> list[dict[str, Any]]:
         name = described["name"].removesuffix("-half")
         half = 0.2 if described["name"].endswith("-half") else 0.0
         rate = described["workload"]["learning_rate"]
@@ -81,6 +90,9 @@ class FakeTrainer:
             runs.append(
                 {"seed": seed, "metric": value, "curve": curve, "diverged": diverged, "seconds": 1}
             )
+            if rollout:
+                driven = {"completion": metric + shared, "crashed": 0.25}
+                runs[-1]["rollout"] = None if diverged else driven
         return runs
 
 
@@ -212,6 +224,29 @@ def test_judge_again_trains_nothing_and_more_pairs_only_what_is_missing(
     assert trainer.num_runs == done
     run(tmp_path, THIN, pairs=5)
     assert trainer.num_runs == done + 4  # base, half width, rewrite, variant
+
+
+def test_judge_lets_confirmed_planners_drive_and_compares_pairs(
+    trainer: FakeTrainer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "simulator_python", lambda progress: Path("python"))
+    with pytest.raises(DataError, match="--rollout asks networks that plan .* is map"):
+        run(tmp_path, FLAT, rollout=3)
+    trainer.drives = True
+    trainer.levels[FLAT["name"]] = 0.79
+    run(tmp_path, FLAT)
+    before = trainer.num_runs
+    judged = run(tmp_path, FLAT, rollout=3)
+    # Runs that did not drive are done once more, screening is not.
+    assert trainer.num_runs == before + 4 * 6
+    run(tmp_path, FLAT, rollout=3)
+    assert trainer.num_runs == before + 4 * 6
+    (table,) = (one for one in quality_tables([judged]) if one.title.startswith("Closed loop"))
+    rows = {row[0]: row for row in table.rows}
+    assert rows[BASE["name"]][-1] == "-"
+    assert rows[FLAT["name"]][-1].startswith("-1.0% [-1.0%, -1.0%]")
+    assert rows[FLAT["name"]][2] == "25.0%"
+    assert "of 3 scenes" in table.notes[0]
 
 
 def test_judge_on_other_data_than_the_runs_is_refused(trainer: FakeTrainer, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxbench.errors import DataError
-from jaxbench.quality import build
+from jaxbench.quality import simulator
 from jaxbench.quality.build import Rig, build_data, freeze
 from jaxbench.quality.labels import Geometry, label_frame
 from jaxbench.quality.readers import read_scenarionet, scene_of
@@ -91,9 +91,9 @@ def test_build_data_without_a_simulator_says_how_far_one_gets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("JAXBENCH_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(build.shutil, "which", lambda name: None)
+    monkeypatch.setattr(simulator.shutil, "which", lambda name: None)
     with pytest.raises(DataError, match=r"needs uv .* the small data set that ships .* is there"):
         build_data(tmp_path / "data", num_scenes=2, progress=lambda *_: None)
-    monkeypatch.setattr(build.shutil, "which", lambda name: "/bin/false")
+    monkeypatch.setattr(simulator.shutil, "which", lambda name: "/bin/false")
     with pytest.raises(DataError, match="ended with exit code 1: no word. Without it"):
         build_data(tmp_path / "data", num_scenes=2, progress=lambda *_: None)

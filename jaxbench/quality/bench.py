@@ -12,6 +12,7 @@ from jaxbench.compiler import versions_for
 from jaxbench.errors import DataError, Failure
 from jaxbench.quality.judged import Plan
 from jaxbench.quality.runs import Runs
+from jaxbench.quality.simulator import simulator_python
 from jaxbench.run import Limits, Progress
 from jaxbench.target import parse_target
 from jaxbench.worker import Job, run_jobs
@@ -43,6 +44,7 @@ class Bench:
         self._base, self._data, self._plan = base, data, plan
         self._limits, self._progress = limits, progress
         self.about = self.ask("jaxbench.quality.protocol_worker:describe_task", base)
+        self._python = self._simulator(progress) if plan.rollout else ""
         self._runs = Runs(out, self.about["data_digest"])
         self.rates: dict[str, float] = {}
 
@@ -58,17 +60,31 @@ class Bench:
             raise DataError(result.text)
         return result
 
-    def train(self, wanted: Iterable[tuple[Described, float, int]], what: str) -> None:
+    def _simulator(self, progress: Progress) -> str:
+        if not self.about["drives"]:
+            raise DataError(
+                f"--rollout asks networks that plan to drive, and the task of {self._base['name']} "
+                f"is {self.about['task']}. Leave it out, or give a planner."
+            )
+        return str(simulator_python(progress))
+
+    def train(
+        self, wanted: Iterable[tuple[Described, float, int]], what: str, *, drive: bool = False
+    ) -> None:
         """Does those runs, (network, learning rate, seed), that are missing.
+
+        Args:
+          drive: Whether trained networks also drive the plan's scenes, if there are any.
 
         Raises:
           DataError: if a worker ends without a result; the runs before it are kept.
         """
         wanted = list(wanted)
-        missing = [asked for asked in wanted if self._run(*asked) is None]
+        scenes = self._plan.rollout if drive else 0
+        missing = [asked for asked in wanted if not _holds(self._run(*asked), scenes)]
         done, jobs = len(wanted) - len(missing), {}
         for one, rate, seeds in _grouped(missing, self._plan.together):
-            job = self._job(one, rate, seeds)
+            job = self._job(one, rate, seeds, scenes)
             jobs[id(job)] = (job, one, rate)
         queue = [job for job, _, _ in jobs.values()]
         for job, result in run_jobs(queue, num_workers=self._limits.num_workers):
@@ -81,6 +97,7 @@ class Bench:
                     "data": self.about["data_digest"],
                     "network": one["name"],
                     "learning_rate": rate,
+                    "scenes": scenes,
                 }
                 self._runs.keep({**kept, **self._schedule(), **run})
             done += len(result)
@@ -97,6 +114,13 @@ class Bench:
     def metrics(self, one: Described, seeds: Sequence[int]) -> tuple[float | None, ...]:
         """Returns metrics at the network's own rate."""
         return tuple(self.metric(one, self.rates[one["name"]], seed) for seed in seeds)
+
+    def rollouts(self, one: Described, seeds: Sequence[int]) -> tuple[Any, ...]:
+        """Returns what came of driving, at the network's own rate; None where it diverged."""
+        if not self._plan.rollout:
+            return ()
+        rate = self.rates[one["name"]]
+        return tuple(self._done(one, rate, seed)["rollout"] for seed in seeds)
 
     def curves(self, one: Described, seeds: Sequence[int]) -> tuple[Curve, ...]:
         """Returns learning curves at the network's own rate; empty where a run diverged."""
@@ -126,7 +150,7 @@ class Bench:
         versions = versions_for(parse_target("cpu"))
         return cache.key_of(TRAINING, asked, self._plan.together, versions)[:16]
 
-    def _job(self, one: Described, rate: float, seeds: list[int]) -> Job:
+    def _job(self, one: Described, rate: float, seeds: list[int], scenes: int) -> Job:
         group = cache.key_of([self._key(one, rate, seed) for seed in seeds])[:16]
         return self._limited(
             f"{one['name']} with seeds {seeds}",
@@ -139,6 +163,7 @@ class Bench:
                 "learning_rate": rate,
                 "schedule": self._schedule(),
                 "checkpoints": str(self._runs.folder / "checkpoints" / group),
+                "rollout": {"python": self._python, "num_scenes": scenes} if scenes else None,
             },
         )
 
@@ -150,6 +175,11 @@ class Bench:
             limit_s=self._limits.limit_s,
             limit_bytes=self._limits.limit_bytes,
         )
+
+
+def _holds(run: Mapping[str, Any] | None, scenes: int) -> bool:
+    """Whether a run was done, and with so many scenes driven."""
+    return run is not None and (not scenes or run.get("scenes") == scenes)
 
 
 def mean_curve(curves: Iterable[Curve]) -> Curve:

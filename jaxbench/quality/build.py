@@ -6,37 +6,28 @@ frozen and hashed, and comparisons read only what is frozen.
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from jaxbench.cache import cache_dir, storage_errors
 from jaxbench.errors import DataError
 from jaxbench.quality.labels import Geometry, Scene, key_frames, key_range, label_frame
 from jaxbench.quality.nuscenes import Drive, read_nuscenes
 from jaxbench.quality.readers import read_scenarionet
 from jaxbench.quality.rig_images import Rig, rig_images
 from jaxbench.quality.shards import write_data
+from jaxbench.quality.simulator import SIMULATOR, run_simulator, simulator_python
 from jaxbench.run import Progress
 
-SIMULATOR = "metadrive-simulator==0.4.3"
-_PYTHON = "3.11"
 _TEST_SHARE = 0.25  # of scenes
 _SHARD_SCENES = 10
 _AT_ONCE = 5  # scenes a simulator drives
 _PROCESSES = 2  # simulators, or cameras, side by side
-_WITHOUT = (
-    "Without it the small data set that ships with jaxbench is there (leave --data out), and "
-    "`build-data DIR --scenarionet FOLDER` or `--nuscenes FOLDER` makes one of data of your own."
-)
 
 
 def build_data(
@@ -63,7 +54,7 @@ def build_data(
       DataError: if there is no simulator to be had, or it fails.
     """
     _check_new(folder)
-    python = _make_environment(progress)
+    python = simulator_python(progress)
     rig, geometry = rig or Rig(), geometry or Geometry()
     with tempfile.TemporaryDirectory(prefix="jaxbench-scenes-") as work:
         scenes = _drive(python, Path(work), first_seed, num_scenes, num_states, progress)
@@ -196,7 +187,7 @@ def _draw(path: Path, frames: Sequence[int], rig: Rig, python: Path) -> np.ndarr
     wanted, drawn = path.with_suffix(".frames.npy"), path.with_suffix(".images.npy")
     np.save(wanted, np.asarray(frames))
     size = (rig.height, rig.width, rig.fov_degrees, rig.cameras)
-    _run(
+    run_simulator(
         [
             str(python),
             _script("metadrive_cameras.py"),
@@ -217,7 +208,7 @@ def _drive(
     def drive(start: int) -> int:
         size = min(_AT_ONCE, num_scenes - start)
         arguments = map(str, (work, first_seed + start, size, num_states))
-        _run([str(python), _script("metadrive_scenes.py"), *arguments])
+        run_simulator([str(python), _script("metadrive_scenes.py"), *arguments])
         return size
 
     done = 0
@@ -230,33 +221,3 @@ def _drive(
 
 def _script(name: str) -> str:
     return str(resources.files("jaxbench.quality") / name)
-
-
-def _make_environment(progress: Progress) -> Path:
-    """Makes the simulator's environment with uv, once, and returns its Python."""
-    folder = cache_dir() / "simulator" / SIMULATOR
-    python, done = folder / "bin" / "python", folder / "complete"
-    if done.exists() and python.exists():
-        return python
-    uv = shutil.which("uv")
-    if uv is None:
-        raise DataError(
-            f"{SIMULATOR} needs uv to make its Python {_PYTHON}. Install uv. {_WITHOUT}"
-        )
-    progress("installing the simulator", 0, 1)
-    with storage_errors(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    _run([uv, "venv", "--quiet", "--clear", "--python", _PYTHON, str(folder)])
-    _run([uv, "pip", "install", "--quiet", "--python", str(python), SIMULATOR])
-    done.touch()
-    return python
-
-
-def _run(command: Sequence[str]) -> str:
-    """Runs a command; its failure is one line that says how far one gets without."""
-    ran: Any = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ran.returncode:
-        text = (ran.stderr.strip().splitlines() or ["no word"])[-1][:300]
-        what = " ".join(Path(part).name for part in command[:3])
-        raise DataError(f"{what} ended with exit code {ran.returncode}: {text}. {_WITHOUT}")
-    return ran.stdout

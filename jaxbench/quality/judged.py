@@ -25,6 +25,7 @@ class Plan:
       pairs: Fresh seeds; two at least.
       margin: Of the metric, positive; None for a quarter of the negative control's damage.
       together: Seeds trained side by side in one program.
+      rollout: Scenes that each confirmed network drives in closed loop.
     """
 
     pairs: int = 6
@@ -33,6 +34,7 @@ class Plan:
     checks: int = 5
     margin: float | None = None
     together: int = 1
+    rollout: int = 0
 
     def __post_init__(self) -> None:
         if self.pairs < 2:
@@ -64,6 +66,7 @@ class Verdict:
     learning_rate: float | None = None
     paired: Paired | None = None
     metrics: tuple[float | None, ...] = ()
+    rollouts: tuple[Mapping[str, float] | None, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,6 +90,7 @@ class Judged:
     base_curve: tuple[tuple[int, float], ...]
     complaint: str
     verdicts: tuple[Verdict, ...]
+    base_rollouts: tuple[Mapping[str, float] | None, ...] = ()
     curves: Mapping[str, tuple[tuple[tuple[int, float], ...], ...]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

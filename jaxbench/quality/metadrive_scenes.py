@@ -10,33 +10,12 @@ from pathlib import Path
 import numpy as np
 
 _LINE_SPACING_M = 2.0
-_DT_S = 0.1  # five physics steps of 20 ms
+_PHYSICS_S = 0.02
+_DT_S = 0.1
 
 
 def main(out: Path, first_seed: int, num_scenes: int, num_states: int) -> None:
-    from metadrive.engine.base_engine import BaseEngine
-
-    # Its first use would fetch models and textures, which nothing here needs.
-    BaseEngine.try_pull_asset = staticmethod(lambda: None)
-    from metadrive.envs.metadrive_env import MetaDriveEnv
-    from metadrive.policy.idm_policy import IDMPolicy
-
-    env = MetaDriveEnv(
-        {
-            "use_render": False,
-            "log_level": 50,
-            "start_seed": first_seed,
-            "num_scenarios": num_scenes,
-            "map": 4,
-            "traffic_density": 0.15,
-            "random_traffic": False,
-            "random_lane_width": True,
-            "random_lane_num": True,
-            "agent_policy": IDMPolicy,
-            "horizon": num_states,
-            "decision_repeat": 5,
-        }
-    )
+    env = make_env(first_seed, num_scenes, horizon=num_states, step_s=_DT_S, alone=True)
     try:
         for seed in range(first_seed, first_seed + num_scenes):
             scene = _drive(env, seed, num_states)
@@ -45,6 +24,31 @@ def main(out: Path, first_seed: int, num_scenes: int, num_states: int) -> None:
             print(seed, flush=True)
     finally:
         env.close()
+
+
+def make_env(first_seed, num_scenes, *, horizon, step_s, alone=False):
+    """Makes the roads and their traffic; `alone` lets the simulator drive the ego vehicle."""
+    from metadrive.engine.base_engine import BaseEngine
+
+    # Its first use would fetch models and textures, which nothing here needs.
+    BaseEngine.try_pull_asset = staticmethod(lambda: None)
+    from metadrive.envs.metadrive_env import MetaDriveEnv
+    from metadrive.policy.idm_policy import IDMPolicy
+
+    settings = {
+        "use_render": False,
+        "log_level": 50,
+        "start_seed": first_seed,
+        "num_scenarios": num_scenes,
+        "map": 4,
+        "traffic_density": 0.15,
+        "random_traffic": False,
+        "random_lane_width": True,
+        "random_lane_num": True,
+        "horizon": horizon,
+        "decision_repeat": round(step_s / _PHYSICS_S),
+    }
+    return MetaDriveEnv({**settings, "agent_policy": IDMPolicy} if alone else settings)
 
 
 def _drive(env, seed, num_states):

@@ -240,6 +240,7 @@ class _Judge:
         self.bench.train(
             [(one, self.bench.rates[one["name"]], seed) for seed in self.seeds for one in networks],
             "confirming",
+            drive=True,
         )
 
     def _conclude(
@@ -300,6 +301,7 @@ class _Judge:
             base_curve=base_curve,
             complaint=complaint,
             verdicts=tuple(verdicts),
+            base_rollouts=self.bench.rollouts(self.base, self.seeds) if curves else (),
             curves=curves or {},
         )
 
@@ -354,6 +356,7 @@ class _Judge:
             reason=reason,
             paired=found,
             metrics=self.bench.metrics(one, self.seeds),
+            rollouts=self.bench.rollouts(one, self.seeds),
         )
 
     def _damages(self, one: Described) -> list[float]:

@@ -23,6 +23,7 @@ def describe_task(*, described: Mapping[str, Any], data: str) -> dict[str, Any]:
     return {
         "task": task.name,
         "metric": task.metric,
+        "drives": task.drive is not None,
         "data_digest": frames.digest,
         "train_frames": len(frames.train["scene"]),
         "test_frames": len(frames.test["scene"]),

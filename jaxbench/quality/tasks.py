@@ -35,6 +35,8 @@ class Task:
       score: `score(module, batch)` returns sums over a batch.
       finish: `finish(sums)` returns the metric of all batches.
       metric: Its name.
+      drive: `drive(module, batch)` returns waypoints [B, P, 2] ahead and to the left in metres, and
+        the last one's speed [B] in m/s, where networks can drive.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Task:
     score: Callable[[Any, dict[str, Any]], Sums]
     finish: Callable[[Sums], float]
     metric: str
+    drive: Callable[[Any, dict[str, Any]], tuple[Any, Any]] | None = None
 
 
 def find_task(candidate: Candidate) -> Task:
@@ -273,11 +276,26 @@ def _score_plan(module: Any, batch: dict[str, Any]) -> Sums:
     noise = jnp.swapaxes(batch["path"], 0, 1)
     P, edge = noise.shape[0], points.shape[-1]
     places, _, _ = planner.true_path(noise, edge)
-    best = jnp.argmax(points[:P].reshape(P, places.shape[1], -1), axis=-1)
-    cells = jnp.stack([best // edge, best % edge], axis=-1).astype(jnp.float32)
-    apart = cells + details[:P, :, :2] - places
+    apart = _likeliest(points, details)[:P] - places
     metres = jnp.sqrt(jnp.sum(jnp.square(apart), axis=-1)) * planner.EXTENT_M / edge
     return {"metres": jnp.sum(jnp.mean(metres, axis=0)), "paths": jnp.float32(metres.shape[1])}
+
+
+def _likeliest(points: Any, details: Any) -> Any:
+    """Returns the places [P, B, 2] of the likeliest waypoints, row and column in cells."""
+    edge = points.shape[-1]
+    best = jnp.argmax(points.reshape(*points.shape[:2], -1), axis=-1)
+    return jnp.stack([best // edge, best % edge], axis=-1).astype(jnp.float32) + details[..., :2]
+
+
+def _drive_plan(module: Any, batch: dict[str, Any]) -> tuple[Any, Any]:
+    from jaxbench.models import planner
+
+    points, _, details = module(batch["raster"])
+    edge = points.shape[-1]
+    rows, columns = jnp.moveaxis(jnp.swapaxes(_likeliest(points, details), 0, 1), -1, 0)
+    cells = jnp.stack([planner.START * edge - rows, 0.5 * edge - columns], axis=-1)
+    return cells * planner.EXTENT_M / edge, 10 * details[-1, :, 3]
 
 
 # --- Tokens ---------------------------------------------------------------------------------------
@@ -338,6 +356,7 @@ TASKS = (
         score=_score_plan,
         finish=_closeness,
         metric="-displacement in metres",
+        drive=_drive_plan,
     ),
     Task(
         name="tokens",

@@ -24,6 +24,7 @@ from flax import nnx
 from jaxbench.cache import cache_dir
 from jaxbench.candidate import Candidate
 from jaxbench.discovery import load_described
+from jaxbench.quality.rollout import drive_scenes
 from jaxbench.quality.shards import Data, read_data
 from jaxbench.quality.tasks import find_task, fit_to_data
 
@@ -62,6 +63,7 @@ def train_network(
     learning_rate: float,
     schedule: Mapping[str, int],
     checkpoints: str | None = None,
+    rollout: Mapping[str, Any] | None = None,
 ) -> list[dict[str, Any]]:
     """Trains a network once for each seed, side by side, and judges it.
 
@@ -72,10 +74,11 @@ def train_network(
       learning_rate: Highest of the schedule: linear warm-up, then a cosine down to zero.
       schedule: Fields of `Schedule`.
       checkpoints: Folder for what a killed run goes on from; empty when the run ends.
+      rollout: `python` and `num_scenes` of `drive_scenes`, where trained networks are to drive.
 
     Returns:
       For each seed `curve`, a list of (samples, metric); `metric`, the last of them; `losses`;
-      `diverged`; and `seconds`.
+      `diverged`; `seconds`; and, if asked for, `rollout`.
     """
     jax.config.update("jax_compilation_cache_dir", str(cache_dir() / "xla"))
     frames = read_data(Path(data))
@@ -83,7 +86,11 @@ def train_network(
         fit_to_data(load_described(one), frames.train, frames.about) for one in (described, base)
     )
     run = _Run(network, origin, frames, list(seeds), learning_rate, Schedule(**schedule))
-    return run.go(Path(checkpoints) if checkpoints else None)
+    results = run.go(Path(checkpoints) if checkpoints else None)
+    if rollout:
+        for at, result in enumerate(results):
+            result["rollout"] = None if result["diverged"] else run.drive(at, **rollout)
+    return results
 
 
 class _Run:
@@ -97,7 +104,8 @@ class _Run:
         schedule: Schedule,
     ) -> None:
         self._network, self._seeds, self._schedule = network, seeds, schedule
-        self._task = find_task(network)
+        self._task, self._about = find_task(network), frames.about
+        self._frame_ids = {name: frames.test[name] for name in ("scene", "frame")}
         self._train = self._task.prepare(frames.train, frames.about, network)
         self._test = self._task.prepare(frames.test, frames.about, network)
         size = len(next(iter(self._train.values())))
@@ -141,6 +149,22 @@ class _Run:
         keeper.clear()
         seconds = time.monotonic() - started
         return [self._result(at, losses, curve, seconds) for at in range(len(self._seeds))]
+
+    def drive(self, at: int, *, python: str, num_scenes: int) -> dict[str, float]:
+        """Lets the network of seed number `at` drive scenes."""
+        state = self._state
+        if len(self._seeds) > 1:
+            state = jax.tree.map(lambda leaf: leaf[at], state)
+        plan, about = jax.jit(self._one_plan), self._about
+        names = {name: array[:1] for name, array in self._frame_ids.items()}
+
+        def path(arrays: Mapping[str, np.ndarray]) -> tuple[np.ndarray, float]:
+            frame = {**names, **{name: array[None] for name, array in arrays.items()}}
+            batch = self._task.prepare(frame, about, self._network)
+            places, speed = jax.device_get(plan(state, batch))
+            return places[0], float(speed[0])
+
+        return drive_scenes(path, python=python, num_scenes=num_scenes, about=about)
 
     def _result(self, at: int, losses: Any, curve: Any, seconds: float) -> dict[str, Any]:
         own = [[samples, metrics[at]] for samples, metrics in curve]
@@ -191,6 +215,11 @@ class _Run:
         updates = jax.tree.map(lambda update: rate * update, updates)
         params = optax.apply_updates(state["params"], updates)
         return {"params": params, "rest": rest, "optimizer": moments}, value
+
+    def _one_plan(self, state: Any, batch: Any) -> Any:
+        assert self._task.drive
+        rest = jax.tree.map(lambda leaf: leaf, state["rest"])
+        return self._task.drive(nnx.merge(self._graph, state["params"], rest), batch)
 
     def _one_score(self, state: Any, batch: Any) -> Any:
         rest = jax.tree.map(lambda leaf: leaf, state["rest"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
+
+from scipy import stats
 
 from jaxbench.quality.judged import Judged, Verdict
 from jaxbench.quality.shards import packaged_folder, read_data
@@ -20,6 +23,7 @@ def quality_tables(ladder: Sequence[Judged], times: Sequence[TargetTime] = ()) -
     """Returns the verdicts at each scale, what they rest on, how damage goes with scale, and times
     to target of the last scale where there are records."""
     tables = [table(judged) for judged in ladder for table in (_verdict_table, _run_table)]
+    tables += [_rollout_table(judged) for judged in ladder if any(judged.base_rollouts)]
     tables += [_ladder_table(ladder)] if len(ladder) > 1 else []
     return [*tables, _time_table(ladder[-1], times)] if times else tables
 
@@ -153,6 +157,37 @@ def _run_table(judged: Judged) -> Table:
             f"{judged.data_digest[:12]}.",
         ),
     )
+
+
+def _rollout_table(judged: Judged) -> Table:
+    """Closed loop: what came of driving, and how far against the base of the same pair."""
+    base = judged.base_rollouts
+    others = [(one.name, one.rollouts) for one in judged.verdicts if any(one.rollouts)]
+    rows = []
+    for name, found in ((judged.base, base), *others):
+        known = [one for one in found if one]
+        shares = (statistics.fmean(one[end] for one in known) for end in known[0])
+        pairs = [(a, b) for a, b in zip(base, found, strict=True) if a and b]
+        apart = [b["completion"] - a["completion"] for a, b in pairs]
+        rows.append((name, *(f"{share:.1%}" for share in shares), _mean_interval(apart)))
+    rows[0] = (*rows[0][:-1], "-")
+    return Table(
+        title="Closed loop in MetaDrive, a secondary endpoint",
+        header=("network", "of the route", "arrived", "crashed", "off the road", "route - base's"),
+        rows=tuple(rows),
+        notes=(
+            f"Means over {len(base)} runs of {judged.plan.rollout} scenes that no data set holds; "
+            "95 % interval over pairs. No verdict rests on it.",
+        ),
+    )
+
+
+def _mean_interval(values: Sequence[float]) -> str:
+    mean = statistics.fmean(values) if values else math.nan
+    if len(values) < 2:
+        return f"{mean:+.1%}"
+    half = statistics.stdev(values) / math.sqrt(len(values)) * stats.t.ppf(0.975, len(values) - 1)
+    return f"{mean:+.1%} [{mean - half:+.1%}, {mean + half:+.1%}]"
 
 
 def _metrics(values: Sequence[float | None]) -> list[str]:
