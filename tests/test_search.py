@@ -95,13 +95,15 @@ DESCRIBED = {
         {"name": "width", "values": [1, 2, 3, 4], "validity": "T1"},
         {"name": "kind", "values": ["a", "b"], "validity": "T2"},
     ],
+    "base_point": {"width": 3, "kind": "a"},
 }
 
 
 def open_trials(folder: Path, **changes: Any) -> Trials:
     settings: dict[str, Any] = {"sampler": "nsga2", "seed": 1, "violations": lambda point: [0.0]}
     described = {**DESCRIBED, **changes.pop("described", {})}
-    return Trials(folder, described, changes.pop("targets", ("cpu", "tpu")), **settings)
+    targets = changes.pop("targets", ("cpu", "tpu"))
+    return Trials(folder, described, targets, **{**settings, **changes})
 
 
 def test_trials_are_asked_told_and_read_again(tmp_path: Path) -> None:
@@ -117,6 +119,26 @@ def test_trials_are_asked_told_and_read_again(tmp_path: Path) -> None:
     assert [(number, point) for number, point, _ in again.finished()] == asked
     assert {values for _, _, values in again.finished()} == {(1.0, 2.0)}
     again.close()
+
+
+def test_trials_begin_with_each_change_of_the_base_alone(tmp_path: Path) -> None:
+    trials, beside = open_trials(tmp_path), open_trials(tmp_path)
+    points = [point for _, point in (*trials.ask(2), *beside.ask(2))]
+    assert sorted((point["width"], point["kind"]) for point in points) == [
+        (1, "a"),
+        (2, "a"),
+        (3, "b"),
+        (4, "a"),
+    ]
+    trials.close()
+    beside.close()
+    # What random search is compared with is random from the first point on.
+    points = []
+    for seed in (1, 2):
+        trials = open_trials(tmp_path / str(seed), sampler="random", seed=seed)
+        points.append([point for _, point in trials.ask(4)])
+        trials.close()
+    assert points[0] != points[1]
 
 
 def test_trials_of_a_living_process_are_its_own(tmp_path: Path) -> None:
@@ -196,6 +218,15 @@ def test_search_prices_networks_within_the_bands(found: tuple[Path, Any]) -> Non
         assert set(one["composed_s"]) == {"cpu", "tpu-v5e"}
         assert one["point"]["kind"] != "broken"
     assert values["num_points"] == 48
+    # The fastest with one change, with two, each no slower than any other with as many.
+    point = base["point"]
+    changes = {
+        one["name"]: sum(one["point"][name] != point[name] for name in point) for one in networks
+    }
+    times = {one["name"]: math.prod(one["composed_s"].values()) for one in networks}
+    for name in values["few_changes"]:
+        assert times[name] == min(times[one] for one in times if changes[one] == changes[name])
+    assert [changes[name] for name in values["few_changes"]] == sorted(set(changes.values()))
 
 
 def test_search_compiles_the_front_whole_and_writes_its_candidates(
@@ -205,7 +236,10 @@ def test_search_compiles_the_front_whole_and_writes_its_candidates(
     whole = values["whole_s"]
     assert {"pair-cpu-base", *values["front"]} == set(whole)
     assert set(values["whole_front"]) <= set(whole)
-    assert len(values["files"]) == len(values["front"])
+    assert {Path(file).stem for file in values["files"]} == {
+        *values["front"],
+        *values["few_changes"],
+    }
     # The file is a candidate like any other: the same program, so nothing is compiled again.
     file, name = values["files"][0], values["front"][0]
     code, stdout, stderr = jaxbench(

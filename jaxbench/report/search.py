@@ -12,7 +12,7 @@ from jaxbench.report.tables import Table, failure_cell, format_number
 from jaxbench.search.engine import Found, Network
 from jaxbench.search.front import Times, least_worst, pareto_front, regret_table, winners
 
-_SHOWN = 12  # rows of the composed front
+_SHOWN = 12  # rows of the composed front, and of single changes
 
 
 def search_tables(found: Found) -> list[Table]:
@@ -23,6 +23,7 @@ def search_tables(found: Found) -> list[Table]:
         tables.append(_choice_table(found, whole))
     if any(record.measurement for record in found.records):
         tables += session_tables(found.records)
+    tables += _change_tables(found)
     if found.compositions:
         tables.append(_composition_table(found))
     tables.append(_count_table(found))
@@ -65,6 +66,41 @@ def _row(
         cells.append(f"{'' if is_whole else '~'}{format_number(1 / own)}{ratio}")
     on_front = "yes" if name in best else "no" if best else "?"
     return name, resolved.validity, on_front, *cells, resolved.changes or "-"
+
+
+def _change_tables(found: Found) -> list[Table]:
+    """What each change buys alone, and how much few changes can buy together."""
+    return [
+        Table(
+            title=title,
+            header=("changes", "network", "class", *found.targets, *_SIZES, "against the base"),
+            rows=tuple(_change_row(found, one) for one in networks),
+            notes=("Times faster than the base, composed from blocks; sizes over the base's.",),
+        )
+        for title, networks in (
+            ("One change alone", found.with_changes(1)[:_SHOWN]),
+            ("The fastest with so many changes", found.few_changes()),
+        )
+        if networks
+    ]
+
+
+_SIZES = ("num_params", "forward_flops")
+
+
+def _change_row(found: Found, network: Network) -> tuple[str, ...]:
+    resolved, base = network.resolved, found.base
+    num = sum(value != base.resolved.point[name] for name, value in resolved.point.items())
+    faster = (base.composed_s[target] / network.composed_s[target] for target in found.targets)
+    sizes = (resolved.quantities[size] / base.resolved.quantities[size] for size in _SIZES)
+    return (
+        str(num),
+        resolved.name,
+        resolved.validity,
+        *(f"{ratio:.2f}x" for ratio in faster),
+        *(f"{size:.2f}" for size in sizes),
+        resolved.changes,
+    )
 
 
 def _choice_table(found: Found, whole: Mapping[str, Times]) -> Table:
@@ -210,6 +246,7 @@ def search_values(found: Found) -> dict[str, object]:
         "base": found.base.resolved.name,
         "targets": list(found.targets),
         "front": list(found.front),
+        "few_changes": [one.resolved.name for one in found.few_changes()],
         "whole_front": pareto_front(whole),
         "whole_s": whole,
         "networks": [

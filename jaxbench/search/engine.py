@@ -6,7 +6,7 @@ import collections
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -24,6 +24,7 @@ from jaxbench.search.trials import SamplerName, Trials
 from jaxbench.target import Target, missing_compiler, parse_target
 from jaxbench.worker import Conversation, Job
 
+_MOST_CHANGES = 6  # of networks that are named for having few
 _BATCH = 16  # trials asked for at once
 _STALE, _NEW = 2_000, 40  # trials that gave fewer new networks: the sampler has come to an end
 
@@ -71,6 +72,7 @@ class Found:
       front: Names by composed times.
       records: Whole compiles of the front and the base.
       seconds: Of this call.
+      files: Candidate files of the front and of `few_changes`.
     """
 
     space: Mapping[str, Any]
@@ -86,12 +88,29 @@ class Found:
     whole_targets: tuple[str, ...]
     front: tuple[str, ...]
     records: tuple[Record, ...]
-    files: tuple[str, ...]
     seconds: float
+    files: tuple[str, ...] = ()
 
     def network(self, name: str) -> Network:
         """Returns one by name."""
         return next(one for one in (self.base, *self.networks) if one.resolved.name == name)
+
+    def with_changes(self, num: int) -> list[Network]:
+        """Returns the networks that differ from the base in so many choices, the fastest over all
+        targets first."""
+        base = self.base.resolved.point
+        return sorted(
+            (
+                one
+                for one in self.networks
+                if sum(value != base[name] for name, value in one.resolved.point.items()) == num
+            ),
+            key=lambda one: math.prod(one.composed_s.values()),
+        )
+
+    def few_changes(self) -> list[Network]:
+        """Returns the fastest with one change, with two, and so on, where there are any."""
+        return [one for num in range(1, _MOST_CHANGES + 1) for one in self.with_changes(num)[:1]]
 
     def whole_s(self) -> dict[str, dict[str, float]]:
         """Returns seconds of one sample of the networks that were compiled whole everywhere."""
@@ -213,8 +232,7 @@ class _Line:
         front = self._front(networks)
         chosen = [networks[name].resolved for name in front]
         pricing.compile([self._base, *chosen], measure=self._plan.measure)
-        files = [write_candidate(self._out / "networks", one) for one in chosen]
-        return Found(
+        found = Found(
             space=self._space,
             targets=tuple(target.name for target in self._targets),
             base=base,
@@ -232,9 +250,11 @@ class _Line:
                 for record in pricing.records.values()
                 if record.candidate in (self._base.name, *front)
             ),
-            files=tuple(str(file) for file in files if file),
             seconds=time.monotonic() - started,
         )
+        named = {one.name: one for one in (*chosen, *(few.resolved for few in found.few_changes()))}
+        files = [write_candidate(self._out / "networks", one) for one in named.values()]
+        return replace(found, files=tuple(str(file) for file in files if file))
 
     def _explore(self, trials: Trials) -> _Told:
         """Asks and tells until as many networks as planned have a price."""

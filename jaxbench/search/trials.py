@@ -71,6 +71,8 @@ class Trials:
         )
         self._token, self._held = secrets.token_hex(8), None
         self._hold()
+        if sampler != "random":
+            self._begin_near(described["base_point"])
 
     def ask(self, most: int) -> list[tuple[int, dict[str, Any]]]:
         """Returns (number, point) of up to `most` trials: first those that their process left."""
@@ -102,6 +104,19 @@ class Trials:
             for trial in self._study.get_trials(deepcopy=False)
             if trial.state.is_finished() and trial.values
         ]
+
+    def _begin_near(self, base: Mapping[str, Any]) -> None:
+        """Puts first, once, the base with each choice changed alone: what every change buys."""
+        places = {
+            one["name"]: list(one["values"]).index(base[one["name"]]) for one in self._choices
+        }
+        with self._alone():
+            if self._study.get_trials(deepcopy=False):
+                return
+            for choice in self._choices:
+                for place in range(len(choice["values"])):
+                    if place != places[choice["name"]]:
+                        self._study.enqueue_trial({**places, choice["name"]: place})
 
     def _orphans(self) -> list[tuple[int, dict[str, Any]]]:
         import optuna
