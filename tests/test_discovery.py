@@ -1,6 +1,7 @@
 """Discovery: what a candidate's identity follows, and which families a request reads."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -55,3 +56,21 @@ def test_families_of_reads_only_what_a_name_can_be_in() -> None:
 def test_describe_candidates_gives_a_users_file_its_path_as_module() -> None:
     path = CANDIDATES / "tiny.py"
     assert {one["module"] for one in describe_candidates([str(path)])} == {str(path)}
+
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+@pytest.mark.parametrize("folder", ["quality-bev", "search-bev"])
+def test_networks_beside_results_are_those_of_the_records(folder: str) -> None:
+    files = sorted((RESULTS / folder / "networks").glob("*.py"))
+    listed = json.loads(json.dumps(describe_candidates(list(map(str, files)))))
+    described = {one["name"]: one for one in listed}
+    text = (RESULTS / folder / "records.jsonl").read_text()
+    records = [json.loads(line) for line in text.splitlines()]
+    found = [record for record in records if record["candidate"] in described]
+    assert {record["candidate"] for record in found} == set(described)
+    for record in found:
+        one = described[record["candidate"]]
+        assert record["config"] == one["config"]
+        assert record["base"] == one["base"]

@@ -1,6 +1,6 @@
 """Networks of the `bev` space with fewer blocks and the base's widths.
 
-    jaxbench run flatter.py --target gpu-h100,gpu-b200,cpu
+    jaxbench run flatter.py --targets gpu-h100,gpu-b200,cpu
 """
 
 import dataclasses
