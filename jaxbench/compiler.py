@@ -5,7 +5,6 @@ What is verified about each compiler stands beside the line that needs it.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 from jaxbench.cache import key_of
 from jaxbench.errors import Failure, JaxbenchError
+from jaxbench.hlo.digest import digest_module
 from jaxbench.layout import Layout
 from jaxbench.machine import processor
 from jaxbench.target import Chip, Target, chip_table
@@ -106,8 +106,8 @@ class Compiled:
 
     @property
     def hlo_sha256(self) -> str:
-        """Digest of the optimised HLO."""
-        return hashlib.sha256(self.hlo).hexdigest()
+        """Digest of the optimised HLO, without where it was written."""
+        return digest_module(self.hlo)
 
     def pack(self) -> bytes:
         """Returns the bytes that `unpack_compiled` reads."""

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import SingleDeviceSharding
 
-from jaxbench.compiler import Compiled, Memory, compile_program, devices_of, unpack_compiled
+from jaxbench.compiler import (
+    Compiled,
+    Memory,
+    compile_program,
+    devices_of,
+    platform_of,
+    unpack_compiled,
+)
 from jaxbench.target import parse_target
 
 COMPILED = Compiled(
@@ -64,3 +71,26 @@ def test_another_refusal_is_handed_on_at_once() -> None:
 def test_compiled_program_survives_its_bytes(extra: dict[str, Any]) -> None:
     compiled = dataclasses.replace(COMPILED, extra_options=extra)
     assert unpack_compiled(compiled.pack()) == compiled
+
+
+def compile_source(target: str, source: str, file: str) -> Compiled:
+    """Compiles the function `f` of a source text that is said to stand in `file`."""
+    space: dict[str, Any] = {}
+    exec(compile(source, file, "exec"), {"jax": jax, "jnp": jnp}, space)
+    sharding = SingleDeviceSharding(devices_of(parse_target(target))[0])
+    shape = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=sharding)
+    traced = jax.jit(space["f"]).trace(shape, shape)
+    lowered = traced.lower(lowering_platforms=(platform_of(parse_target(target)),))
+    return compile_program(lowered, "p", parse_target(target))[0]
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu-h100", "tpu-v5e"])
+def test_digest_tells_programs_apart_and_not_where_they_were_written(target: str) -> None:
+    plain = "def f(x, w):\n return jnp.tanh(x @ w).sum()\n"
+    scoped = "\n\ndef f(x, w):\n with jax.named_scope('mlp'):\n  return jnp.tanh(x @ w).sum()\n"
+    first = compile_source(target, plain, "/home/one/net.py")
+    other = compile_source(target, plain.replace("tanh", "sin"), "/home/one/net.py")
+    again = compile_source(target, scoped, "/home/another/checkout/net.py")
+    assert first.hlo != again.hlo
+    assert first.hlo_sha256 == again.hlo_sha256
+    assert first.hlo_sha256 != other.hlo_sha256

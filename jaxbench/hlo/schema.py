@@ -66,8 +66,9 @@ ScheduleEntry: computation_id=1:int64 sequence=2:InstructionSequence
 Schedule: sequences=1*ScheduleEntry
 AliasEntry: output_index=1*int64 parameter_number=2:int64 parameter_index=3*int64
 InputOutputAlias: entries=1*AliasEntry
-Module: name=1:string computations=3*Computation entry_computation_id=6:int64 \
-    schedule=7:Schedule input_output_alias=8:InputOutputAlias
+Module: name=1:string computations=3*Computation id=5:int64 entry_computation_id=6:int64 \
+    schedule=7:Schedule input_output_alias=8:InputOutputAlias stack_frames=17:raw \
+    frontend_attributes=19:raw
 """
 
 
