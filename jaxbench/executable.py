@@ -11,13 +11,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jaxbench import cache
-
-# Initial values are made once: their compile time matters, not their speed.
-_QUICK_COMPILE = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+from jaxbench.compiler import QUICK_CODE
 
 
 def compile_init(init: Callable, shardings: Any = None) -> Any:
     """Compiles `init(key)`, which makes a program's state and batch, fast rather than well.
+
+    It runs once.
 
     Args:
       shardings: Where state and batch shall lie.
@@ -25,7 +25,7 @@ def compile_init(init: Callable, shardings: Any = None) -> Any:
     import jax
 
     jitted = jax.jit(init, out_shardings=shardings)
-    return jitted.lower(jax.random.key(0)).compile(compiler_options=_QUICK_COMPILE)
+    return jitted.lower(jax.random.key(0)).compile(compiler_options=QUICK_CODE)
 
 
 def keep_executables(key: str, *executables: Any) -> bool:

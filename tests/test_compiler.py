@@ -73,15 +73,17 @@ def test_compiled_program_survives_its_bytes(extra: dict[str, Any]) -> None:
     assert unpack_compiled(compiled.pack()) == compiled
 
 
-def compile_source(target: str, source: str, file: str) -> Compiled:
+def compile_source(target: str, source: str, file: str, *, quick_code: bool = False) -> Compiled:
     """Compiles the function `f` of a source text that is said to stand in `file`."""
     space: dict[str, Any] = {}
     exec(compile(source, file, "exec"), {"jax": jax, "jnp": jnp}, space)
-    sharding = SingleDeviceSharding(devices_of(parse_target(target))[0])
+    # The process has 8 CPU devices already.
+    devices = jax.devices("cpu") if target == "cpu" else devices_of(parse_target(target))
+    sharding = SingleDeviceSharding(devices[0])
     shape = jax.ShapeDtypeStruct((256, 256), jnp.float32, sharding=sharding)
     traced = jax.jit(space["f"]).trace(shape, shape)
     lowered = traced.lower(lowering_platforms=(platform_of(parse_target(target)),))
-    return compile_program(lowered, "p", parse_target(target))[0]
+    return compile_program(lowered, "p", parse_target(target), quick_code=quick_code)[0]
 
 
 @pytest.mark.parametrize("target", ["cpu", "gpu-h100", "tpu-v5e"])
@@ -94,3 +96,15 @@ def test_digest_tells_programs_apart_and_not_where_they_were_written(target: str
     assert first.hlo != again.hlo
     assert first.hlo_sha256 == again.hlo_sha256
     assert first.hlo_sha256 != other.hlo_sha256
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu-h100"])
+def test_quick_code_is_of_the_same_hlo_and_memory(target: str) -> None:
+    source = (
+        "def f(x, w):\n"
+        " y = jax.lax.fori_loop(0, 3, lambda i, x: jnp.tanh(x @ w), x)\n"
+        " return jnp.sort(y, axis=0), jax.nn.softmax(y)[jnp.argsort(y[0])].sum(1)\n"
+    )
+    full = compile_source(target, source, "net.py")
+    quick = compile_source(target, source, "net.py", quick_code=True)
+    assert (quick.hlo_sha256, quick.memory) == (full.hlo_sha256, full.memory)

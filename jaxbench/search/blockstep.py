@@ -112,7 +112,7 @@ def _compiled(lowered: Any, sha256: str, target: Target) -> Compiled:
     packed = cache.read_entry("compiled", key)
     if packed is not None:
         return unpack_compiled(packed)
-    compiled, _ = compile_program(lowered, sha256, target)
+    compiled, _ = compile_program(lowered, sha256, target, quick_code=True)
     cache.write_entry("compiled", key, compiled.pack())
     return compiled
 
