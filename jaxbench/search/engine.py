@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
 from jaxbench.discovery import space_modules
 from jaxbench.errors import CandidateError, UsageError
@@ -16,17 +15,15 @@ from jaxbench.record import Record
 from jaxbench.run import Limits, Progress, check_writable
 from jaxbench.search.candidate_file import write_candidate
 from jaxbench.search.compose import Composition
-from jaxbench.search.front import Times, least_worst, pareto_front, winners
+from jaxbench.search.explore import Explorer, Network
+from jaxbench.search.front import least_worst, pareto_front, winners
 from jaxbench.search.points import Points
 from jaxbench.search.pricing import Pricing
-from jaxbench.search.resolved import Resolved
 from jaxbench.search.trials import SamplerName, Trials
 from jaxbench.target import Target, missing_compiler, parse_target
 from jaxbench.worker import Conversation, Job
 
 _MOST_CHANGES = 6  # of networks that are named for having few
-_BATCH = 16  # trials asked for at once
-_STALE, _NEW = 2_000, 40  # trials that gave fewer new networks: the sampler has come to an end
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,14 +45,6 @@ class Plan:
     num_whole: int = 8
     bound: float = 0.05
     measure: bool = False
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Network:
-    """A network that has a price. Seconds of one sample, by target."""
-
-    resolved: Resolved
-    composed_s: Times
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -172,16 +161,6 @@ def _source(space: str) -> str:
     return known[space]
 
 
-@dataclass(kw_only=True, slots=True)
-class _Told:
-    """What the trials of a search have given so far."""
-
-    networks: dict[str, Network] = field(default_factory=dict)
-    refusals: collections.Counter[str] = field(default_factory=collections.Counter)
-    bounded: set[str] = field(default_factory=set)
-    num_trials: int = 0
-
-
 class _Line:
     """One search as it goes."""
 
@@ -215,16 +194,24 @@ class _Line:
         if self._space["has_blocks"]:
             pricing.check_composition(sample, self._plan.bound)
         pricing.price_base()
+        explorer = Explorer(
+            self._points,
+            pricing,
+            [target.name for target in self._targets],
+            budget=self._plan.budget,
+            near=self._plan.sampler != "random",
+            progress=self._progress,
+        )
         trials = Trials(
             self._out,
             self._space,
             [target.name for target in self._targets],
             sampler=self._plan.sampler,
             seed=self._plan.seed,
-            violations=self._violations,
+            violations=explorer.violations,
         )
         try:
-            told = self._explore(trials)
+            told = explorer.explore(trials)
         finally:
             trials.close()
         base = Network(resolved=self._base, composed_s=pricing.base_s)
@@ -255,67 +242,6 @@ class _Line:
         named = {one.name: one for one in (*chosen, *(few.resolved for few in found.few_changes()))}
         files = [write_candidate(self._out / "networks", one) for one in named.values()]
         return replace(found, files=tuple(str(file) for file in files if file))
-
-    def _explore(self, trials: Trials) -> _Told:
-        """Asks and tells until as many networks as planned have a price."""
-        told = _Told()
-        recent = collections.deque[int](maxlen=_STALE // _BATCH)
-        for _, point, values in trials.finished():
-            self._sort_in(told, self._points.resolve(point), values)
-        while len(told.networks) < self._plan.budget and (
-            len(recent) < _STALE // _BATCH or sum(recent) >= _NEW
-        ):
-            before = len(told.networks)
-            asked = trials.ask(min(_BATCH, self._plan.budget - before))
-            resolved = {number: self._points.resolve(point) for number, point in asked}
-            self._pricing.fill([one for one in resolved.values() if self._is_worth_it(one)])
-            for number, one in resolved.items():
-                values = self._values(one)
-                trials.tell(number, values)
-                self._sort_in(told, one, values)
-            recent.append(len(told.networks) - before)
-            self._progress("networks priced", len(told.networks), self._plan.budget)
-        return told
-
-    def _sort_in(self, told: _Told, one: Resolved | str, values: Sequence[float] | None) -> None:
-        """Puts one told trial where it belongs; its values are those that were told."""
-        told.num_trials += 1
-        why = self._points.refusal(one)
-        if why is not None or isinstance(one, str):
-            told.refusals[str(why)] += 1
-        elif values is None:
-            told.refusals["a block does not compile, or forward_s is out of band"] += 1
-        elif self._pricing.is_bounded(one):
-            told.bounded.add(one.name)
-        elif one.name != self._base.name:
-            names = (target.name for target in self._targets)
-            times = dict(zip(names, values, strict=True))
-            told.networks[one.name] = Network(resolved=one, composed_s=times)
-
-    def _violations(self, point: Mapping[str, Any]) -> list[float]:
-        """What Optuna is told of constraints: positive where one is broken."""
-        found = self._points.resolve(point)
-        if isinstance(found, str):
-            return [1e3] * max(1, len(self._space["bands"]))
-        forward = [max(0.0, self._pricing.slow_forward(found))] * bool(self._pricing.by_forward)
-        return [*found.violations, *forward] or [0.0]
-
-    def _is_worth_it(self, one: Resolved | str) -> TypeGuard[Resolved]:
-        """Whether a network is one of the space and may beat the base somewhere."""
-        return not (
-            isinstance(one, str) or self._points.refusal(one) or self._pricing.is_bounded(one)
-        )
-
-    def _values(self, one: Resolved | str) -> list[float] | None:
-        """Returns what is told of a network: seconds of a sample by target, or none."""
-        if isinstance(one, str) or self._points.refusal(one):
-            return None
-        if self._pricing.is_bounded(one):
-            return [self._pricing.bounds(one)[target.name] for target in self._targets]
-        times = self._pricing.price(one)
-        if times is None or self._pricing.slow_forward(one) > 0:
-            return None
-        return [times[target.name] for target in self._targets]
 
     def _front(self, networks: Mapping[str, Network]) -> list[str]:
         """Returns the front by composed times, without the base: first one for all targets and

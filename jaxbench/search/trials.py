@@ -12,7 +12,7 @@ import fcntl
 import json
 import secrets
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -105,18 +105,21 @@ class Trials:
             if trial.state.is_finished() and trial.values
         ]
 
+    def enqueue(self, points: Iterable[Mapping[str, Any]]) -> None:
+        """Puts points before those that the sampler draws; it learns from them as from its own."""
+        for point in points:
+            self._study.enqueue_trial(
+                {
+                    choice["name"]: list(choice["values"]).index(point[choice["name"]])
+                    for choice in self._choices
+                }
+            )
+
     def _begin_near(self, base: Mapping[str, Any]) -> None:
         """Puts first, once, the base with each choice changed alone: what every change buys."""
-        places = {
-            one["name"]: list(one["values"]).index(base[one["name"]]) for one in self._choices
-        }
         with self._alone():
-            if self._study.get_trials(deepcopy=False):
-                return
-            for choice in self._choices:
-                for place in range(len(choice["values"])):
-                    if place != places[choice["name"]]:
-                        self._study.enqueue_trial({**places, choice["name"]: place})
+            if not self._study.get_trials(deepcopy=False):
+                self.enqueue(one_change_from(base, self._choices))
 
     def _orphans(self) -> list[tuple[int, dict[str, Any]]]:
         import optuna
@@ -176,6 +179,16 @@ class Trials:
         with storage_errors(path), path.open("a") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def one_change_from(
+    point: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]
+) -> Iterator[dict[str, Any]]:
+    """Yields the points that differ from one in a single choice."""
+    for choice in choices:
+        for value in choice["values"]:
+            if value != point[choice["name"]]:
+                yield {**point, choice["name"]: value}
 
 
 def _distribution(values: Sequence[Any]) -> Any:
