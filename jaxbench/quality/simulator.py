@@ -53,6 +53,6 @@ def run_simulator(command: Sequence[str]) -> None:
     """
     ran: Any = subprocess.run(command, capture_output=True, text=True, check=False)
     if ran.returncode:
-        text = (ran.stderr.strip().splitlines() or ["no word"])[-1][:300]
+        text = " ".join(ran.stderr.split())[-300:] or "no word"
         what = " ".join(Path(part).name for part in command[:3])
         raise DataError(f"{what} ended with exit code {ran.returncode}: {text}. {_WITHOUT}")
