@@ -73,6 +73,7 @@ def explore(folder: Path, budget: int, sampler: SamplerName = "nsga2", seed: int
         TARGETS,
         budget=budget,
         near=sampler != "random",
+        seed=seed,
         progress=lambda what, done, total: None,
     )
     trials = Trials(

@@ -200,6 +200,7 @@ class _Line:
             [target.name for target in self._targets],
             budget=self._plan.budget,
             near=self._plan.sampler != "random",
+            seed=self._plan.seed,
             progress=self._progress,
         )
         trials = Trials(

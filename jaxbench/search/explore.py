@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
@@ -65,6 +66,7 @@ class Explorer:
         *,
         budget: int,
         near: bool,
+        seed: int | None,
         progress: Progress,
     ) -> None:
         """Takes what it asks.
@@ -72,10 +74,12 @@ class Explorer:
         Args:
           budget: Different networks that shall have a price.
           near: Whether the front's neighbours are priced too; else all is the sampler's.
+          seed: Of the order of neighbours.
         """
         self._points, self._pricing, self._targets = points, pricing, targets
         self._budget, self._near, self._progress = budget, near, progress
         self._space, self._base = points.space, points.base
+        self._random = random.Random(seed)
 
     def explore(self, trials: Trials) -> Told:
         """Asks and tells until as many networks as planned have a price."""
@@ -106,15 +110,18 @@ class Explorer:
         return told
 
     def _neighbours(self, told: Told, enqueued: set[str]) -> Iterator[Mapping[str, Any]]:
-        """Yields points one choice away from the front that were never asked for."""
-        for name in told.front:
-            for point in one_change_from(
-                told.networks[name].resolved.point, self._space["choices"]
-            ):
-                one = self._points.resolve(point)
-                if self._is_worth_it(one) and not (one.name in enqueued or told.knows(one.name)):
-                    enqueued.add(one.name)
-                    yield point
+        """Yields points one choice away from the front that were never asked for, in any order."""
+        points = [
+            point
+            for name in told.front
+            for point in one_change_from(told.networks[name].resolved.point, self._space["choices"])
+        ]
+        self._random.shuffle(points)
+        for point in points:
+            one = self._points.resolve(point)
+            if self._is_worth_it(one) and not (one.name in enqueued or told.knows(one.name)):
+                enqueued.add(one.name)
+                yield point
 
     def _sort_in(self, told: Told, one: Resolved | str, values: Sequence[float] | None) -> None:
         """Puts one told trial where it belongs; its values are those that were told."""
