@@ -149,11 +149,12 @@ def trace_step(step: Callable, arguments: tuple[Any, ...], mesh: Any) -> Any:
     out = (shardings, None) if "optimizer" in arguments[0] else None
     # The batch is read again in the next step of a chain, so only the state is donated.
     donate = (0,) if out else ()
-    with _use_mesh(mesh):
+    with use_mesh(mesh):
         return jax.jit(step, donate_argnums=donate, out_shardings=out).trace(*arguments)
 
 
-def _use_mesh(mesh: Any) -> Any:
+def use_mesh(mesh: Any) -> Any:
+    """Returns the context in which shardings by axis name mean this mesh, real or abstract."""
     abstract = isinstance(mesh, jax.sharding.AbstractMesh)
     return jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh)
 

@@ -328,6 +328,32 @@ def test_search_without_blocks_compiles_every_network_whole_and_goes_on(
     assert (again["networks"], again["refusals"]) == (values["networks"], values["refusals"])
 
 
+def test_search_whose_blocks_do_not_compile_says_so_and_compiles_whole(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    picky = (
+        "class Picky(Last):\n"
+        "    def __call__(self, x):\n"
+        "        if jax.sharding.get_abstract_mesh().shape:\n"
+        "            raise ValueError('no mesh wanted')\n"
+        "        return super().__call__(x)\n\n\n"
+        "def blocks(candidate"
+    )
+    file = changed_space(
+        tmp_path, ("def blocks(candidate", picky), ("        build=Last,", "        build=Picky,")
+    )
+    code, stdout, stderr = jaxbench(
+        "search", file, "--targets", "cpu", "--budget", 2, "--sample", 1, "--whole", 1, "--json",
+        "--out", tmp_path / "out", cache=shared_cache,
+    )  # fmt: skip
+    assert (code, stderr) == (0, "")
+    values = json.loads(stdout)
+    assert len(values["networks"]) == 3
+    assert values["composition"]["cpu"]["errors"] == []
+    assert values["whole_targets"]["cpu"].startswith("no block: last on cpu: ")
+    assert "no mesh wanted" in values["whole_targets"]["cpu"]
+
+
 def test_search_band_on_the_forward_pass_keeps_networks_within_it(
     shared_cache: Path, tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ from jaxbench.errors import CandidateError
 from jaxbench.models import bev
 from jaxbench.search import Band, Block, Choice, Space, choices_from_variants
 from jaxbench.search.block import merge_blocks
-from jaxbench.search.blockstep import weigh_block
+from jaxbench.search.blockstep import price_block, weigh_block
 from jaxbench.search.candidate_file import write_candidate
 from jaxbench.search.resolved import Resolved
 from jaxbench.search.server import SpaceServer
@@ -157,6 +157,15 @@ def _check_blocks(candidate: Candidate, blocks: Any, whole: dict[str, int]) -> N
     assert num_params == whole["num_params"]
     samples = candidate.workload.global_batch
     assert flops // samples == whole["forward_flops"]
+
+
+def test_blocks_of_the_decoder_compile_over_the_devices_of_its_layout() -> None:
+    base = decoder_space.SPACE.base
+    for block in decoder_space.blocks(base):
+        price = price_block(
+            block, workload=base.workload, layout="fsdp=8", target="gpu-h100:8", cpu_peaks=None
+        )
+        assert price["step_s"] > 0, block.kind
 
 
 def test_receptive_field_of_the_bev_base() -> None:

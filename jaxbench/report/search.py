@@ -148,7 +148,10 @@ def _composition_table(found: Found) -> Table:
         title="Steps composed from blocks against whole compiles",
         header=("target", "networks", "median, unfitted", "median", "worst", "priced by"),
         rows=tuple(rows),
-        notes=("Errors of networks that the fit has not seen (each left out in turn).",),
+        notes=(
+            "Errors of networks that the fit has not seen (each left out in turn).",
+            *(f"{target}, whole compiles: {why}." for target, why in found.whole_targets.items()),
+        ),
     )
 
 
@@ -269,6 +272,7 @@ def search_values(found: Found) -> dict[str, object]:
             }
             for target, one in found.compositions.items()
         },
+        "whole_targets": dict(found.whole_targets),
         "refusals": dict(found.refusals),
         "num_points": found.space["num_points"],
         "num_trials": found.num_trials,

@@ -34,7 +34,14 @@ from jaxbench.hlo import read_module
 from jaxbench.layout import Layout, parse_layout
 from jaxbench.mathematics import Mathematics, count_mathematics
 from jaxbench.predict import predict_step
-from jaxbench.program import count_residuals, initial_state, make_optimizer, shard_state, trace_step
+from jaxbench.program import (
+    count_residuals,
+    initial_state,
+    make_optimizer,
+    shard_state,
+    trace_step,
+    use_mesh,
+)
 from jaxbench.search.block import Array, Block
 from jaxbench.target import Target, chip_table, parse_target
 
@@ -129,7 +136,8 @@ def _lower(
     arrays = [jax.ShapeDtypeStruct(one.shape, _dtype(one), sharding=batch) for one in block.inputs]
     with nnx.logical_axis_rules(rules):
         state = shard_state(state, rules, mesh)
-        out = jax.eval_shape(lambda p, r, a: _call(graphdef, p, r, a)[0], params, rest, arrays)
+        with use_mesh(mesh):
+            out = jax.eval_shape(lambda p, r, a: _call(graphdef, p, r, a)[0], params, rest, arrays)
         if forward_only:
             step, arguments = _forward_step(graphdef), (state, arrays)
         else:

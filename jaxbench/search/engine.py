@@ -57,7 +57,7 @@ class Found:
       refusals: How many points were refused, by why.
       num_bounded: Networks whose analytic bound alone is worse than the base everywhere.
       compositions: By target.
-      whole_targets: Those on which composition is too far off and all is compiled whole.
+      whole_targets: Those on which all is compiled whole, and why.
       front: Names by composed times.
       records: Whole compiles of the front and the base.
       seconds: Of this call.
@@ -74,7 +74,7 @@ class Found:
     num_bounded: int
     num_compiled: int
     compositions: Mapping[str, Composition]
-    whole_targets: tuple[str, ...]
+    whole_targets: Mapping[str, str]
     front: tuple[str, ...]
     records: tuple[Record, ...]
     seconds: float
@@ -231,7 +231,7 @@ class _Line:
             num_bounded=len(told.bounded),
             num_compiled=pricing.num_compiled,
             compositions=pricing.compositions,
-            whole_targets=tuple(pricing.whole_targets),
+            whole_targets=pricing.whole_targets,
             front=tuple(front),
             records=tuple(
                 record

@@ -26,7 +26,7 @@ class Pricing:
 
     Attributes:
       compositions: By target; none in a space without blocks.
-      whole_targets: Where networks are compiled whole.
+      whole_targets: Where networks are compiled whole, and why.
       records: Whole compiles, by network and target.
       by_forward: The space's bands on the forward pass.
       base_s: Seconds of one sample of the base, by target.
@@ -52,7 +52,9 @@ class Pricing:
         )
         self.by_forward = [b for b in space["bands"] if b["quantity"] == "forward_s"]
         self.compositions: dict[str, Composition] = {}
-        self.whole_targets = [] if space["has_blocks"] else [target.name for target in targets]
+        self.whole_targets: dict[str, str] = {}
+        if not space["has_blocks"]:
+            self.whole_targets = {target.name: "the space has no blocks" for target in targets}
         self.records: dict[tuple[str, str], Record] = {}
         self.base_s: Times = {}
 
@@ -75,9 +77,19 @@ class Pricing:
                 [by_kind for _, by_kind, _ in both], [step_s for _, _, step_s in both]
             )
             self.compositions[target.name] = composition
-            if composition.median_error > bound:
-                self.whole_targets.append(target.name)
+            if not both:
+                self.whole_targets[target.name] = self._why_none(sample, target)
+            elif composition.median_error > bound:
+                self.whole_targets[target.name] = (
+                    f"the median error of composed steps is {composition.median_error:.0%}, above "
+                    f"the bound of {bound:.0%}"
+                )
         self._keep_sample(sample)
+
+    def _why_none(self, sample: Sequence[Resolved], target: Target) -> str:
+        """Says why not one of a sample has both a whole step and a composed one."""
+        whys = [why for one in sample if isinstance(why := self._book.by_kind(one, target), str)]
+        return f"no block: {whys[0]}" if whys else "no network of the sample compiles whole"
 
     def _both(
         self, sample: Sequence[Resolved], target: Target
@@ -131,7 +143,7 @@ class Pricing:
         if self.by_forward:
             self._book.fill([self._base, *networks], self._progress, forward=True)
         if self.whole_targets:
-            self.compile(networks, only=self.whole_targets)
+            self.compile(networks, only=tuple(self.whole_targets))
 
     def price(self, one: Resolved) -> Times | None:
         """Returns seconds of one sample by target, composed or of whole compiles."""
