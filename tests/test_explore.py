@@ -11,7 +11,7 @@ import pytest
 from jaxbench.search.explore import Explorer, Told
 from jaxbench.search.front import pareto_front
 from jaxbench.search.resolved import Resolved
-from jaxbench.search.trials import SamplerName, Trials, one_change_from
+from jaxbench.search.trials import SamplerName, Trials, changed_from
 
 VALUES = tuple(range(1, 7))
 NAMES = ("a", "b", "c", "d")
@@ -90,7 +90,7 @@ def unpriced_neighbours(told: Told) -> set[str]:
     found = {
         one.name
         for name in told.front
-        for point in one_change_from(told.networks[name].resolved.point, SPACE["choices"])
+        for point in changed_from(told.networks[name].resolved.point, SPACE["choices"])
         if formula.refusal(one := formula.resolve(point)) is None
     }
     return found - set(told.networks) - {formula.base.name}
@@ -114,6 +114,14 @@ def test_a_quarter_of_a_space_priced_holds_most_of_its_front(tmp_path: Path, see
 def test_every_neighbour_of_the_front_gets_a_price(tmp_path: Path) -> None:
     assert not unpriced_neighbours(explore(tmp_path / "near", 400))
     assert unpriced_neighbours(explore(tmp_path / "random", 400, "random"))
+
+
+def test_points_two_changes_away_differ_in_two_choices() -> None:
+    base = SPACE["base_point"]
+    points = list(changed_from(base, SPACE["choices"], 2))
+    assert len(points) == 6 * 5**2  # pairs of four choices, five other values each
+    for point in points:
+        assert sum(point[name] != base[name] for name in NAMES) == 2
 
 
 def test_front_is_that_of_all_networks_priced(tmp_path: Path) -> None:

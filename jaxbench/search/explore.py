@@ -1,8 +1,8 @@
 """Asking and telling until as many networks as wanted have a price, near the front and far from it.
 
-Every second batch holds neighbours of the front: networks one choice away from one of it. The
-sampler has the others, and learns from all. A search that ends by itself has so priced every
-neighbour of its front.
+Every second batch holds neighbours of the front: networks one choice away from one of it, and two
+choices away where those are known. The sampler has the others, and learns from all. A search that
+ends by itself has so priced every neighbour of its front.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxbench.search.front import Times, pareto_front
 from jaxbench.search.points import Points
 from jaxbench.search.pricing import Pricing
 from jaxbench.search.resolved import Resolved
-from jaxbench.search.trials import Trials, one_change_from
+from jaxbench.search.trials import Trials, changed_from
 
 _BATCH = 16  # trials asked for at once
 _STALE, _NEW = 1_000, 40  # trials that gave fewer new networks: the sampler has come to an end
@@ -110,13 +110,19 @@ class Explorer:
         return told
 
     def _neighbours(self, told: Told, enqueued: set[str]) -> Iterator[Mapping[str, Any]]:
-        """Yields points one choice away from the front that were never asked for, in any order."""
-        points = [
-            point
-            for name in told.front
-            for point in one_change_from(told.networks[name].resolved.point, self._space["choices"])
-        ]
-        self._random.shuffle(points)
+        """Yields points near the front that were never asked for: first those one choice away, in
+        any order, then those two away, without which narrow bands leave few."""
+        points: list[Mapping[str, Any]] = []
+        for num_changes in (1, 2):
+            ring = [
+                point
+                for name in told.front
+                for point in changed_from(
+                    told.networks[name].resolved.point, self._space["choices"], num_changes
+                )
+            ]
+            self._random.shuffle(ring)
+            points += ring
         for point in points:
             one = self._points.resolve(point)
             if self._is_worth_it(one) and not (one.name in enqueued or told.knows(one.name)):

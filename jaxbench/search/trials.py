@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import json
 import secrets
 import warnings
@@ -119,7 +120,7 @@ class Trials:
         """Puts first, once, the base with each choice changed alone: what every change buys."""
         with self._alone():
             if not self._study.get_trials(deepcopy=False):
-                self.enqueue(one_change_from(base, self._choices))
+                self.enqueue(changed_from(base, self._choices))
 
     def _orphans(self) -> list[tuple[int, dict[str, Any]]]:
         import optuna
@@ -181,14 +182,17 @@ class Trials:
             yield
 
 
-def one_change_from(
-    point: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]
+def changed_from(
+    point: Mapping[str, Any], choices: Sequence[Mapping[str, Any]], num_changes: int = 1
 ) -> Iterator[dict[str, Any]]:
-    """Yields the points that differ from one in a single choice."""
-    for choice in choices:
-        for value in choice["values"]:
-            if value != point[choice["name"]]:
-                yield {**point, choice["name"]: value}
+    """Yields the points that differ from one in so many choices."""
+    for changed in itertools.combinations(choices, num_changes):
+        others = [
+            [value for value in choice["values"] if value != point[choice["name"]]]
+            for choice in changed
+        ]
+        for values in itertools.product(*others):
+            yield {**point, **dict(zip((one["name"] for one in changed), values, strict=True))}
 
 
 def _distribution(values: Sequence[Any]) -> Any:
