@@ -11,7 +11,8 @@ def digest_module(hlo: bytes) -> str:
     """Returns a SHA-256 that equal programs share, whatever files, lines and scopes made them.
 
     Left out are the paths and lines of the sources, scopes, and the module's number, which counts
-    what the process had compiled before. Layouts, fusions, order and the compiler's own
+    what the process had compiled before, and attributes of the module as a whole, where XLA keeps a
+    fingerprint of what it was given. Layouts, fusions, order and the compiler's own
     configuration of each op count.
 
     Raises:

@@ -1,8 +1,8 @@
 """Asking and telling until as many networks as wanted have a price, near the front and far from it.
 
 Every second batch holds neighbours of the front: networks one choice away from one of it, and two
-choices away where those are known. The sampler has the others, and learns from all. A search that
-ends by itself has so priced every neighbour of its front.
+choices away where those are known. The sampler has the others, and learns from all. A search ends
+by itself only where both have given next to nothing new for long.
 """
 
 from __future__ import annotations
@@ -112,7 +112,6 @@ class Explorer:
     def _neighbours(self, told: Told, enqueued: set[str]) -> Iterator[Mapping[str, Any]]:
         """Yields points near the front that were never asked for: first those one choice away, in
         any order, then those two away, without which narrow bands leave few."""
-        points: list[Mapping[str, Any]] = []
         for num_changes in (1, 2):
             ring = [
                 point
@@ -122,12 +121,11 @@ class Explorer:
                 )
             ]
             self._random.shuffle(ring)
-            points += ring
-        for point in points:
-            one = self._points.resolve(point)
-            if self._is_worth_it(one) and not (one.name in enqueued or told.knows(one.name)):
-                enqueued.add(one.name)
-                yield point
+            for point in ring:
+                one = self._points.resolve(point)
+                if self._is_worth_it(one) and not (one.name in enqueued or told.knows(one.name)):
+                    enqueued.add(one.name)
+                    yield point
 
     def _sort_in(self, told: Told, one: Resolved | str, values: Sequence[float] | None) -> None:
         """Puts one told trial where it belongs; its values are those that were told."""
