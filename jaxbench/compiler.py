@@ -5,6 +5,7 @@ What is verified about each compiler stands beside the line that needs it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -12,7 +13,7 @@ import platform
 import re
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -306,12 +307,37 @@ def _options(target: Target) -> dict[str, Any] | None:
 
 def _compile(lowered: Any, options: Mapping[str, Any] | None) -> tuple[Any, Mapping[str, Any]]:
     """Returns the executable, and what it needed beyond `options`."""
+    with _no_persistent_cache():
+        try:
+            return lowered.compile(compiler_options=options), {}
+        except Exception as error:
+            if _NO_TILING not in str(error):
+                raise
+        options = {**(options or {}), **_WITHOUT_TRITON}
+        return lowered.compile(compiler_options=options), _WITHOUT_TRITON
+
+
+@contextlib.contextmanager
+def _no_persistent_cache() -> Iterator[None]:
+    """Keeps JAX's own cache of executables out, which `JAX_COMPILATION_CACHE_DIR` turns on.
+
+    A program for a GPU that is not there is written to it and cannot be read back (JAX 0.10 to
+    0.12), and the compile time of a record would be that of reading a file.
+    """
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    if not jax.config.jax_compilation_cache_dir:
+        yield
+        return
+    was_on = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
     try:
-        return lowered.compile(compiler_options=options), {}
-    except Exception as error:
-        if _NO_TILING not in str(error):
-            raise
-    return lowered.compile(compiler_options={**(options or {}), **_WITHOUT_TRITON}), _WITHOUT_TRITON
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", was_on)
+        compilation_cache.reset_cache()
 
 
 def check_fit(compiled: Compiled, target: Target) -> None:

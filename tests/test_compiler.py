@@ -1,11 +1,13 @@
 """What the real compilers refuse, and what is done about it."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import SingleDeviceSharding
 
 from jaxbench.compiler import (
@@ -108,3 +110,30 @@ def test_quick_code_is_of_the_same_hlo_and_memory(target: str) -> None:
     full = compile_source(target, source, "net.py")
     quick = compile_source(target, source, "net.py", quick_code=True)
     assert (quick.hlo_sha256, quick.memory) == (full.hlo_sha256, full.memory)
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu-h100"])
+def test_jax_own_cache_is_neither_written_nor_read(target: str, tmp_path: Path) -> None:
+    """A user may have set `JAX_COMPILATION_CACHE_DIR`; what trains networks sets it, too."""
+    settings = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    try:
+        jax.jit(lambda x: x + 1)(jnp.ones(3))
+        after_another = len(list(tmp_path.iterdir()))
+        first, second = (
+            compile_source(target, "def f(x, w):\n return (x @ w).sum()\n", "net.py")
+            for _ in range(2)
+        )
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    assert first.hlo_sha256 == second.hlo_sha256
+    assert after_another > 0
+    assert len(list(tmp_path.iterdir())) == after_another
