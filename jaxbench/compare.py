@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jaxbench.measure.paired import compare_rows
+from jaxbench.measure.paired import Rows, compare_rows
 from jaxbench.record import Record
 from jaxbench.signals import SIGNAL_ERROR, SIGNALS
 from jaxbench.stats import Interval, median_ratio, median_s, paired_ratio
@@ -125,8 +125,8 @@ def _ratio(first: Record, second: Record, signal: str) -> Ratio | None:
         return None
     ratio = low = high = other / one
     if signal == "measured" and first.measurement and second.measurement:
-        if _is_paired(first, second):
-            paired = compare_rows(first.measurement["chains"], second.measurement["chains"])
+        if rounds := _same_rounds(first, second):
+            paired = compare_rows(rounds.first, rounds.second)
             return Ratio(signal=signal, ratio=paired.value, low=paired.low, high=paired.high)
         ratio, low, high = median_ratio(
             second.measurement["samples_s"], first.measurement["samples_s"]
@@ -135,10 +135,28 @@ def _ratio(first: Record, second: Record, signal: str) -> Ratio | None:
     return Ratio(signal=signal, ratio=ratio, low=low / error, high=high * error)
 
 
-def _is_paired(first: Record, second: Record) -> bool:
-    """Whether both were timed in one session, in the same rounds."""
-    sessions = [(record.measurement or {}).get("session") for record in (first, second)]
-    return sessions[0] is not None and sessions[0] == sessions[1]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Rounds:
+    """What two candidates took in the rounds of one session, and its controls."""
+
+    first: Rows
+    second: Rows
+    controls: Mapping[str, Any]
+
+
+def _same_rounds(first: Record, second: Record) -> _Rounds | None:
+    """Returns the rounds that both were timed in, if they were.
+
+    A base may have been timed again beside one that came later: that one's record has its chains.
+    """
+    one, two = first.measurement or {}, second.measurement or {}
+    if one.get("session") is not None and one.get("session") == two.get("session"):
+        return _Rounds(first=one["chains"], second=two["chains"], controls=one["controls"])
+    if (again := two.get("base_again")) and again["id"] == first.id:
+        return _Rounds(first=again["chains"], second=two["chains"], controls=two["controls"])
+    if (again := one.get("base_again")) and again["id"] == second.id:
+        return _Rounds(first=one["chains"], second=again["chains"], controls=one["controls"])
+    return None
 
 
 def _incomparable(first: Record, second: Record) -> tuple[Verdict, str] | None:
@@ -156,8 +174,8 @@ def _verdict(first: Record, second: Record, ratios: Sequence[Ratio]) -> tuple[Ve
         return "tie", "the compiler made the same program of both"
     by_signal = {ratio.signal: ratio for ratio in ratios}
     if measured := by_signal.get("measured"):
-        if first.measurement and _is_paired(first, second):
-            return _paired_verdict(measured, first.measurement["controls"])
+        if rounds := _same_rounds(first, second):
+            return _paired_verdict(measured, rounds.controls)
         return _measured_verdict(measured)
     hlo, compiler = by_signal.get("hlo"), by_signal.get("compiler")
     if hlo is None or compiler is None:

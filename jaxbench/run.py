@@ -263,7 +263,7 @@ def run(
     Raises:
       StorageError: if a record cannot be written; what was written before stays.
     """
-    known = {record.id for record in read_records(out) if not record.is_lost}
+    known = {record.id: record for record in read_records(out) if not record.is_lost}
     missing = [request for request in requests if request.id not in known]
     already = len(requests) - len(missing)
     if not missing:
@@ -282,8 +282,10 @@ def run(
             append_record(out, _record(request, result))
         progress(_title(request), done, num_jobs)
     to_time = [request for request in missing if request.id in priced]
+    timed_before = [one for one in requests if one.id in known and known[one.id].measurement]
     for group in _sessions(to_time, together=together):
-        _time(group, priced, out, limits, lambda what, at=done: progress(what, at, num_jobs))
+        base = _base_again(group, timed_before, together=together)
+        _time(group, base, priced, out, limits, lambda what, at=done: progress(what, at, num_jobs))
         done += len(group)
         progress("timed", done, num_jobs)
     return len(missing), already
@@ -301,8 +303,25 @@ def _sessions(requests: Sequence[Request], *, together: bool) -> list[list[Reque
     return list(groups.values())
 
 
+def _base_again(
+    group: Sequence[Request], timed_before: Sequence[Request], *, together: bool
+) -> Request | None:
+    """Returns the base of a group that was timed on another day, if it was."""
+    base = timed_before[0].described["name"] if together and timed_before else ""
+    return next(
+        (
+            request
+            for request in timed_before
+            if request.described["name"] == (base or group[0].described["base"])
+            and (request.target, request.layout) == (group[0].target, group[0].layout)
+        ),
+        None,
+    )
+
+
 def _time(
     group: Sequence[Request],
+    base: Request | None,
     priced: Mapping[str, dict[str, Any]],
     out: Path,
     limits: Limits,
@@ -310,19 +329,27 @@ def _time(
 ) -> None:
     """Times one session and records it, also if Ctrl-C ends it.
 
+    Args:
+      base: Timed with the group once more, as times of two sessions tell little; its record stays
+        as it is, and what it took now stands in the records of the others.
+
     Raises:
       KeyboardInterrupt: after the records of a session that it ended.
     """
+    everyone = [base, *group] if base else list(group)
     names = " and ".join(request.described["name"] for request in group)
-    budget_s = limits.budget_s or limits.measure_s * (len(group) + 2)
+    budget_s = limits.budget_s or limits.measure_s * (len(everyone) + 2)
     started = time.monotonic()
     timed, interrupted = time_together(
-        [_stepper_job(request, limits) for request in group],
+        [_stepper_job(request, limits) for request in everyone],
         budget_s=budget_s,
         precision=limits.precision,
         progress=lambda spent_s: progress(f"timing {names}: {spent_s:.0f} of {budget_s:.0f} s"),
     )
     share_s = (time.monotonic() - started) / len(group)
+    if base:
+        again, *timed = timed
+        timed = [_with_base(given, base, again) for given in timed]
     if limits.logdir and not interrupted:
         timed = _profiled(group, timed, limits, limits.logdir, progress)
     for request, given in zip(group, timed, strict=True):
@@ -331,6 +358,14 @@ def _time(
         append_record(out, _record(request, _measured(request, priced[request.id], given, share_s)))
     if interrupted:
         raise KeyboardInterrupt
+
+
+def _with_base(given: Timed, base: Request, again: Timed) -> Timed:
+    """Adds to a measurement what its base took in the same rounds."""
+    if not (given.measurement and again.measurement):
+        return given
+    base_again = {"id": base.id, "chains": again.measurement["chains"]}
+    return dataclasses.replace(given, measurement={**given.measurement, "base_again": base_again})
 
 
 def _profiled(

@@ -35,7 +35,8 @@ KEYS = (
     "prediction.high_s", "prediction.bound", "prediction.mfu", "samples_per_s", "versions",
 )  # fmt: skip
 MEASUREMENT_KEYS = {
-    "protocol", "session", "base", "ended", "samples_s", "chains", "first_step_s", "warm_up",
+    "protocol", "session", "base", "base_again", "ended", "samples_s", "chains", "first_step_s",
+    "warm_up",
     "final_loss", "environment", "doubts", "controls", "yardstick_s", "memory", "energy", "usage",
     "pinned_threads",
     "wall_s", "timed_s",
@@ -275,6 +276,37 @@ def test_cli_run_signals_are_those_that_each_target_has(tiny: tuple[Path, str]) 
         assert record["samples_per_s_from"] == origin
         # The median of an even number of samples lies between two of them.
         assert record["samples_per_s"] == pytest.approx(16 / step_s, rel=0.1 if is_cpu else 1e-9)
+
+
+def test_cli_run_times_a_base_again_beside_a_variant_that_comes_later(
+    shared_cache: Path, tmp_path: Path
+) -> None:
+    options = ("--targets", "cpu", "--measure", "--json", "--out", tmp_path)
+    code, _, stderr = jaxbench("run", TINY, "tiny-cpu-wide", *options, cache=shared_cache)
+    assert (code, stderr) == (0, "")
+    (before,) = read_lines(tmp_path)
+    code, _, stderr = jaxbench("run", TINY, *options, cache=shared_cache)
+    assert (code, stderr) == (0, "")
+    base, later = read_lines(tmp_path)
+    assert (base, later["base"]) == (before, base["candidate"])
+    again = later["measurement"]["base_again"]
+    assert again["id"] == base["id"]
+    assert base["measurement"]["base_again"] is None
+    assert later["measurement"]["base"] == base["candidate"]
+    rounds = {row[0] for row in again["chains"]}
+    assert rounds == {row[0] for row in later["measurement"]["chains"]}
+    code, stdout, stderr = jaxbench(
+        "compare", base["candidate"], later["candidate"], "--from", TINY, *options,
+        cache=shared_cache,
+    )  # fmt: skip
+    (comparison,) = parse(stdout)["comparisons"]
+    (measured,) = [one for one in comparison["ratios"] if one["signal"] == "measured"]
+    logs = [
+        {row[0]: row[2] / row[1] for row in rows if row[1] > 1}
+        for rows in (again["chains"], later["measurement"]["chains"])
+    ]
+    ratios = sorted(logs[1][at] / logs[0][at] for at in logs[0])
+    assert ratios[0] < measured["ratio"] < ratios[-1]
 
 
 def test_cli_run_again_does_nothing_and_says_the_same(

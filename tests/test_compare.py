@@ -225,6 +225,41 @@ def test_compare_records_of_two_sessions_fall_back_to_medians_and_their_error(
     assert "within 1.10" in comparison.reason
 
 
+def timed_later(ratio: float, **controls: float) -> tuple[Record, Record]:
+    """A base, and a rival timed on a slower day, when the base took 1.5 times as long."""
+    base = timed(ONE, 0.01, session="then")
+    again = make_measurement(0.015, seed=3)
+    base_again = {"id": base.id, "chains": again["chains"]}
+    options: dict[str, Any] = {"session": "now", "base_again": base_again, **controls}
+    return base, timed(TWO, 0.015 * ratio, seed=4, **options)
+
+
+def test_compare_records_base_that_was_timed_again_is_compared_within_that_session() -> None:
+    base, rival = timed_later(1.03)
+    comparison, back = compare_records(base, rival), compare_records(rival, base)
+    measured, inverse = comparison.ratio("measured"), back.ratio("measured")
+    assert measured
+    assert inverse
+    assert measured.low < 1.03 < measured.high < 1.035
+    assert inverse.low < 1 / 1.03 < inverse.high
+    assert (comparison.verdict, back.verdict) == ("faster", "slower")
+
+
+def test_compare_records_base_that_was_timed_again_controls_are_of_that_session() -> None:
+    base, rival = timed_later(1.5, same=1.01)
+    for one, two in ((base, rival), (rival, base)):
+        assert "control failed" in compare_records(one, two).reason
+
+
+def test_compare_records_base_of_another_record_is_not_that_which_was_timed_again() -> None:
+    base, rival = timed_later(1.03)
+    other = dataclasses.replace(base, id="another")
+    assert "within 1.10" not in compare_records(base, rival).reason
+    measured = compare_records(other, rival).ratio("measured")
+    assert measured
+    assert measured.high / measured.low > MEASURED**2
+
+
 def test_compare_records_without_any_session_are_not_of_one_session() -> None:
     comparison = compare_records(
         timed(ONE, 0.01, session=None), timed(TWO, 0.0103, session=None, same=2.0)

@@ -105,6 +105,7 @@ def _values(slot: Slot, session: Session, usage: Usage, one: Conversation) -> di
     return {
         "protocol": PROTOCOL,
         "base": base.name,
+        "base_again": None,
         "ended": "failed" if slot.failure else session.ended,
         "samples_s": step_samples_s(slot.rows),
         "chains": [list(row) for row in slot.rows],
