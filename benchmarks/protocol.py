@@ -117,6 +117,7 @@ def _by_us(jobs: list[Job], budget_s: float) -> dict[str, Any]:
     found = compare_rows(one.measurement["chains"], two.measurement["chains"])
     return {
         "interval": [found.value, found.low, found.high],
+        "chains": [one.measurement["chains"], two.measurement["chains"]],
         "complaint": read_controls(one.measurement["controls"]).complaint,
         "controls": one.measurement["controls"],
         "samples_s": one.measurement["samples_s"],

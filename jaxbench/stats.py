@@ -98,6 +98,11 @@ def _widened(size: int, length: int, quantile: float) -> float:
     return math.sqrt(size / (size - 1)) * student
 
 
+def trimmed_mean(values: Sequence[float]) -> float:
+    """Returns the mean of what is left without 35 % on each side."""
+    return float(_trimmed_mean(np.asarray(values, float)[None, :])[0])
+
+
 def _trimmed_mean(rows: np.ndarray) -> np.ndarray:
     cut = int(rows.shape[1] * _TRIM)
     ordered = np.sort(rows, axis=1)

@@ -337,10 +337,11 @@ def _is_too_large(entry: _Running) -> bool:
     if now - entry.looked < _MEMORY_POLL_S:
         return False
     entry.looked = now
-    return _resident_bytes(entry.process.pid) > entry.job.limit_bytes
+    return resident_bytes(entry.process.pid) > entry.job.limit_bytes
 
 
-def _resident_bytes(pid: int) -> int:
+def resident_bytes(pid: int) -> int:
+    """Returns the resident memory of a process and its children; 0 if it has ended."""
     total = 0
     with contextlib.suppress(psutil.Error):
         process = psutil.Process(pid)

@@ -38,7 +38,7 @@ MEASUREMENT_KEYS = {
     "protocol", "session", "base", "base_again", "ended", "samples_s", "chains", "first_step_s",
     "warm_up",
     "final_loss", "environment", "doubts", "controls", "yardstick_s", "memory", "energy", "usage",
-    "pinned_threads",
+    "pinned_threads", "num_copies",
     "wall_s", "timed_s",
 }  # fmt: skip
 
@@ -268,7 +268,7 @@ def test_cli_run_signals_are_those_that_each_target_has(tiny: tuple[Path, str]) 
             assert 0 < record["compiler"]["step_s"] < 1
         if is_cpu:
             assert record["measurement"].keys() == MEASUREMENT_KEYS
-            assert record["measurement"]["protocol"] == "paired-rounds-2"
+            assert record["measurement"]["protocol"] == "paired-rounds-3"
             samples_s = sorted(record["measurement"]["samples_s"])
             assert len(samples_s) >= 16  # two chains in each of eight rounds, at least
             step_s = samples_s[len(samples_s) // 2]

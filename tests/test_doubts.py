@@ -30,6 +30,7 @@ class Found:
     slower: Callable[[np.ndarray], Any] = lambda place: 1.0
     noise: float = 0.003
     dispatch_share: float = 0.1
+    num_copies: int = 2
     hashes_s: list[float] = field(default_factory=lambda: [0.0002, 0.000201, 0.000199] * 4)
     slot: dict[str, Any] = field(default_factory=dict)
     usage: dict[str, Any] = field(default_factory=dict)
@@ -40,7 +41,14 @@ class Found:
         noise = np.exp(self.noise * generator.normal(size=self.num_chains))
         seconds = CHAIN_S * noise * self.slower(np.arange(self.num_chains))
         rows = [
-            (index // 2, STEPS, float(s), float(s) * self.dispatch_share, float(s))
+            (
+                index // 2,
+                STEPS,
+                float(s),
+                float(s) * self.dispatch_share,
+                float(s),
+                index // 2 % self.num_copies,
+            )
             for index, s in enumerate(seconds)
         ]
         values: dict[str, Any] = {
@@ -104,6 +112,7 @@ CASES = [
         0.001,
         Found(hashes_s=[0.0002] * 2 + [0.0004] * 2),
     ),
+    (Kind.ONE_PROCESS, Found(num_copies=1), 1, 0, Found(num_copies=2)),
     (Kind.FEW, Found(num_chains=16), 16, 0, Found(num_chains=20)),
     (
         Kind.SWAP,

@@ -71,10 +71,15 @@ class FakeStepper:
         noise: float = 0.0,
         twist: Callable[[int, Chain], Chain | Failure] = lambda number, chain: chain,
         probe_fails: bool = False,
+        num_copies: int = 1,
     ) -> None:
         self.bench, self.name, self.cost, self.constant_s = bench, name, cost, constant_s
         self.noise, self.twist, self.probe_fails = noise, twist, probe_fails
         self.random, self.num_steps, self.num_chains = random.Random(name), 0, 0
+        self.num_copies, self.turns = num_copies, 0
+
+    def turn(self) -> None:
+        self.turns += 1
 
     def chain(self, *, steps: int, extra_share: float = 0.0) -> Chain | Failure:
         self.bench.log.append((self.name, steps, extra_share))
@@ -93,6 +98,7 @@ class FakeStepper:
             page_faults=100,
             page_loads=1,
             resident_bytes=1000 * self.num_chains,
+            copy=self.turns % self.num_copies,
         )
         return self.twist(self.num_chains, chain)
 
@@ -541,9 +547,36 @@ def test_measure_session_counts_pages_and_memory_of_the_rounds() -> None:
         assert slot.page_faults == 100 * len(slot.rows)
         assert slot.page_loads == len(slot.rows)
         assert slot.resident_bytes == (1000 * (warm + 1), 1000 * (warm + len(slot.rows)))
-        assert [row[3:] for row in slot.rows] == [
+        assert [row[3:5] for row in slot.rows] == [
             pytest.approx((row[2] / 4, 2 * row[2]), abs=3e-7) for row in slot.rows
         ]
+
+
+def test_measure_session_each_round_takes_another_process() -> None:
+    steppers = three(Bench(), num_copies=3)
+    session = measure(*steppers)
+    for slot in session.candidates:
+        copies = {row[0]: row[5] for row in slot.rows}
+        assert all(row[5] == copies[row[0]] for row in slot.rows)
+        in_order = [copies[number] for number in sorted(copies)]
+        assert all(two == (one + 1) % 3 for one, two in itertools.pairwise(in_order))
+    # What a process holds is told of one of them.
+    for slot, stepper in zip(session.candidates, steppers, strict=True):
+        sizes = [1000 * number for number in range(1, stepper.num_chains + 1)]
+        assert set(slot.resident_bytes) <= set(sizes)
+        assert slot.resident_bytes[0] < slot.resident_bytes[1]
+
+
+def test_measure_session_every_process_is_warmed_up() -> None:
+    bench = Bench()
+    stepper = FakeStepper(bench, "one", steady(0.001), num_copies=3)
+    (slot,) = measure(stepper).candidates
+    first_probe = next(at for at, entry in enumerate(bench.log) if entry[0] == "probe")
+    warm = [steps for name, steps, _ in bench.log[:first_probe] if name == "one"]
+    assert warm[:6] == [chain.steps for chain in slot.warm_up]
+    # The others run as many chains of the last length, or as long.
+    assert warm[6:] == [10] * (len(warm) - 6)
+    assert 4 <= (len(warm) - 6) / 2 <= 6
 
 
 # --- The real stepper -----------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from jaxbench.measure.paired import (
     step_samples_s,
 )
 
-Row = tuple[int, int, float]
+Row = tuple[float, ...]
 STEPS = 20
 
 
@@ -151,12 +151,73 @@ def test_compare_rows_corrects_for_chains_of_different_length() -> None:
 
 
 def test_compare_rows_doubt_about_the_constants_widens_the_interval() -> None:
-    base = rows_of(0.001, constant_s=0.02, rounds=40, noise=0.01, seed=1)
-    other = rows_of(0.001, constant_s=0.02, rounds=40, noise=0.01, seed=2)
+    base = rows_of(0.001, constant_s=0.01, rounds=40, noise=0.01, seed=1)
+    other = rows_of(0.001, constant_s=0.03, rounds=40, noise=0.01, seed=2)
     longs = [[row for row in rows if row[1] > 1] for rows in (base, other)]
     found, raw = compare_rows(base, other), compare_rows(*longs)
     assert found.high / found.low > raw.high / raw.low
     assert not found.excludes(1.0)
+
+
+def test_compare_rows_equal_constants_change_nothing() -> None:
+    for seed in range(100):
+        base = rows_of(0.001, constant_s=0.02, rounds=60, noise=0.01, seed=2 * seed)
+        other = rows_of(0.001, constant_s=0.02, rounds=60, noise=0.01, seed=2 * seed + 1)
+        longs = [[row for row in rows if row[1] > 1] for rows in (base, other)]
+        # Each by itself is seen in nearly every one; a wrong difference would be one of percents.
+        assert compare_rows(base, other) == compare_rows(*longs)
+
+
+COPIES = 4
+
+
+def in_processes(rows: list[Row], spread: float, seed: int) -> list[Row]:
+    """The same rows from four processes in turn, each with a speed of its own."""
+    generator = np.random.default_rng(1000 + seed)
+    speeds = np.exp(spread * generator.normal(size=COPIES))
+    turns = np.concatenate([generator.permutation(COPIES) for _ in range(len(rows))])
+    return [
+        (number, steps, seconds * speeds[turns[int(number)]], 0.0, 0.0, int(turns[int(number)]))
+        for number, steps, seconds in rows
+    ]
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.002, 0.004, 0.02])
+def test_compare_rows_processes_of_the_same_program_lie_apart_no_further_than_told(
+    spread: float,
+) -> None:
+    held, held_by_rounds = 0, 0
+    for seed in range(200):
+        base, other = (
+            in_processes(
+                rows_of(0.03, rounds=60, noise=0.012, seed=2 * seed + one, steps=2),
+                spread,
+                2 * seed + one,
+            )
+            for one in (0, 1)
+        )
+        held += not compare_rows(base, other, resamples=400).excludes(1.0)
+        one_process = [[row[:5] for row in rows] for rows in (base, other)]
+        held_by_rounds += not compare_rows(*one_process, resamples=400).excludes(1.0)
+    # Expected are 190, give or take 3: four of those below.
+    assert held >= 178
+    if spread >= 0.004:
+        assert held_by_rounds < 170
+
+
+def test_compare_rows_interval_of_processes_alike_is_wider_by_little() -> None:
+    wider = []
+    for seed in range(20):
+        base, other = (
+            in_processes(rows_of(0.03, rounds=60, noise=0.012, seed=one, steps=2), 0.0, one)
+            for one in (2 * seed, 2 * seed + 1)
+        )
+        one_process = [[row[:5] for row in rows] for rows in (base, other)]
+        one, two = compare_rows(base, other), compare_rows(*one_process)
+        assert one.value == two.value
+        wider.append(math.log(one.high / one.low) / math.log(two.high / two.low))
+    # Student's quantile for six degrees of freedom over the normal one is 1.25.
+    assert 1.2 < np.median(wider) < 1.6
 
 
 def test_compare_rows_true_ratio_lies_in_most_intervals() -> None:

@@ -29,6 +29,7 @@ class Kind(StrEnum):
     LEAK = "memory grows"
     CLOCK = "clock was set"
     UNSETTLED = "warm-up not over"
+    ONE_PROCESS = "one process"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +143,13 @@ def _of_process(slot: Slot) -> Iterator[Doubt]:
     longs = [row for row in slot.rows if row[1] > 1]
     if not longs:
         return
+    if len({row[5] for row in longs}) < 2:
+        yield Doubt(
+            kind=Kind.ONE_PROCESS,
+            number=1,
+            cause="it lived in one process; how far its processes lie apart is not in the interval",
+            remedy="free memory for more of them; differences below a percent may be chance",
+        )
     seconds = sum(row[2] for row in slot.rows)
     share = float(np.median([row[3] / row[2] for row in longs]))
     if share > _DISPATCH:

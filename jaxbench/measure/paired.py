@@ -1,19 +1,24 @@
 """What the raw times of a session say: ratios of candidates that were timed in the same rounds.
 
-Works on rows (round, steps, seconds, ...), as a session takes them and as records keep them. A row
-of one step is there for what every chain costs whatever its length.
+Works on rows (round, steps, seconds, ..., copy), as a session takes them and as records keep them.
+A row of one step is there for what every chain costs whatever its length; a row's last value tells
+which of a candidate's processes it comes from, and rows of fewer values come from one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 
-from jaxbench.stats import Interval, paired_ratio
+from scipy.special import ndtri, stdtrit
+
+from jaxbench.stats import Interval, paired_ratio, trimmed_mean
 
 Rows = Sequence[Sequence[float]]
 
 LEAST_SHORT = 4  # rounds with short chains
+_BEYOND_DOUBT = 0.999
 _MOST_SHARE = 0.99
 
 
@@ -37,25 +42,93 @@ def compare_rows(
 ) -> Interval:
     """Returns the ratio of other's step time to base's, with its interval.
 
-    The constant parts of chains are taken out where they are resolved; what is not known of them
-    widens the interval.
+    How far processes of one program lie apart widens the interval, where each side lived in more
+    than one. The constant parts of chains are taken out where they are seen to differ; what is not
+    known of them widens it, too.
     """
-    settings = {"confidence": confidence, "resamples": resamples}
-    raw = paired_ratio(chain_ratios(base, other), together=2, **settings)
-    one, two = (constant_share(rows, **settings) for rows in (base, other))
-    if not raw.low or not (one.value or two.value):
+    raw = paired_ratio(
+        chain_ratios(base, other), together=2, confidence=confidence, resamples=resamples
+    )
+    if not raw.low:
         return raw
-    value = raw.value * (1 - two.value) / (1 - one.value)
-    widths = [
-        (math.log(raw.high / raw.value), math.log(raw.value / raw.low)),
-        *(
-            (math.log((1 - share.low) / (1 - share.value)),) * 2
-            for share in (one, two)
-            if share.value
-        ),
-    ]
-    up, down = (math.sqrt(sum(width[side] ** 2 for width in widths)) for side in (0, 1))
+    up, down = math.log(raw.high / raw.value), math.log(raw.value / raw.low)
+    wider = _between_processes(base, other, (up + down) / 2, confidence)
+    value, doubt = _without_constants(base, other, confidence, resamples)
+    up, down = (math.hypot(wider * width, doubt) for width in (up, down))
+    value *= raw.value
     return Interval(value=value, low=value * math.exp(-down), high=value * math.exp(up))
+
+
+def _between_processes(base: Rows, other: Rows, half_width: float, confidence: float) -> float:
+    """Returns by what factor an interval that knows of rounds alone is too narrow.
+
+    Each process is a draw of its own, alike for all its rounds. The means over the rounds of each
+    process tell how far those draws spread; what the noise of rounds adds to that is taken off.
+    Student's quantile is that of so few processes.
+
+    Args:
+      half_width: Of the logarithm, at `confidence`, by rounds alone.
+
+    Source: Kalibera and Jones, "Rigorous Benchmarking in Reasonable Time", 2013, section 6.
+    """
+    one, two = _chain_logs(base, short=False), _chain_logs(other, short=False)
+    ratios = {
+        number: [b - a for a, b in zip(one[number], two[number], strict=True)]
+        for number in one.keys() & two.keys()
+    }
+    spreads = [_spread_of_copies(rows, ratios) for rows in (base, other)]
+    freedom = sum(num - 1 for num, _ in spreads)
+    if min(num for num, _ in spreads) < 2 or not half_width:
+        return 1.0
+    normal = float(ndtri((1 + confidence) / 2))
+    noise = (half_width / normal) ** 2
+    processes = max(0.0, sum(variance / num for num, variance in spreads) - 2 * noise)
+    student = float(stdtrit(freedom, (1 + confidence) / 2))
+    return student / normal * math.sqrt(1 + processes / noise)
+
+
+def _spread_of_copies(rows: Rows, ratios: Mapping[int, Sequence[float]]) -> tuple[int, float]:
+    """Returns (processes, variance of the mean ratio from one of them to the next)."""
+    by_copy: dict[int, list[float]] = {}
+    for number, copy in {int(row[0]): int(row[5]) for row in rows if len(row) > 5}.items():
+        by_copy.setdefault(copy, []).extend(ratios.get(number, ()))
+    means = [trimmed_mean(logs) for logs in by_copy.values() if logs]
+    return len(means), statistics.variance(means) if len(means) > 1 else 0.0
+
+
+def _without_constants(
+    base: Rows, other: Rows, confidence: float, resamples: int
+) -> tuple[float, float]:
+    """Returns (factor that takes constant parts out of a ratio of chains, doubt of its logarithm).
+
+    Constants that are the same share of both leave the ratio as it is, so it is their difference
+    that must be seen, beyond doubt as a wrong one would spoil a good ratio: 1 and 0 else.
+    """
+    one, two = (_constants(rows) for rows in (base, other))
+    both = sorted(one.keys() & two.keys())
+    if len(both) < LEAST_SHORT:
+        return 1.0, 0.0
+    apart = [math.exp(two[number] - one[number]) for number in both]
+    if not paired_ratio(apart, confidence=_BEYOND_DOUBT, resamples=resamples).excludes(1.0):
+        return 1.0, 0.0
+    kept = [
+        1 - min(trimmed_mean([shares[number] for number in both]), _MOST_SHARE)
+        for shares in (one, two)
+    ]
+    found = paired_ratio(apart, confidence=confidence, resamples=resamples)
+    return kept[1] / kept[0], math.log(found.high / found.low) / 2 / min(kept)
+
+
+def _constants(rows: Rows) -> dict[int, float]:
+    """The share of a long chain that does not grow with its length, by each round with both."""
+    steps = max((row[1] for row in rows), default=0)
+    longs, shorts = _round_logs(rows, short=False), _round_logs(rows, short=True)
+    if steps < 2:
+        return {}
+    return {
+        number: (math.exp(shorts[number] - longs[number]) - 1) / (steps - 1)
+        for number in longs.keys() & shorts.keys()
+    }
 
 
 def constant_share(rows: Rows, *, confidence: float = 0.95, resamples: int = 2000) -> Interval:

@@ -1,12 +1,14 @@
 """Timing candidates against each other on one device: the protocol and its raw times.
 
-Protocol `paired-rounds-2`. Every candidate lives in a process of its own and runs chains of steps
-on donated state. A round lets each of them run one chain, in random order, and then one more in the
-opposite order, so that drift of the machine cancels within the round; every fifth round begins
-with chains of one step, so that what every chain costs whatever its length cancels too. The first
-candidate is timed against itself, a control that must show nothing, and against itself with a
-planted slow-down, one that must show it; they take turns, in the first rounds and in every third
-later on. A session ends when the interval of every ratio is narrow enough, or at its budget.
+Protocol `paired-rounds-3`. Every candidate lives in a few processes of its own and runs chains of
+steps on donated state: the same program is a little faster in one process than in the next, for as
+long as they live, so each round takes another one. A round lets each candidate run one chain, in
+random order, and then one more in the opposite order, so that drift of the machine cancels within
+the round; every fifth round begins with chains of one step, so that what every chain costs whatever
+its length cancels too. The first candidate is timed against itself, a control that must show
+nothing, and against itself with a planted slow-down, one that must show it; they take turns, in the
+first rounds and in every third later on. A session ends when the interval of every ratio is narrow
+enough, or at its budget.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from jaxbench.measure.paired import LEAST_SHORT, compare_rows
 from jaxbench.measure.stepper import Chain, Probe
 from jaxbench.stats import change_point
 
-PROTOCOL = "paired-rounds-2"
+PROTOCOL = "paired-rounds-3"
 PLANTED_SHARE = 0.02
 
 _CHAIN_S = 0.06
@@ -41,12 +43,22 @@ _SETTLED = 1.03  # a change of level below this is no warm-up
 _CLOCK_SLACK_S, _CLOCK_SLACK = 0.05, 0.05
 
 Ended = Literal["precise", "budget", "interrupted", "failed"]
-Row = tuple[int, int, float, float, float]
+Row = tuple[int, int, float, float, float, int]
 Energy = Callable[[], Mapping[str, float]]
 
 
 class Stepping(Protocol):
-    """What the protocol asks of a candidate: `Stepper`'s methods, or a `Failure`."""
+    """What the protocol asks of a candidate: `Stepper`'s methods, or a `Failure`.
+
+    Attributes:
+      num_copies: Processes that it lives in.
+    """
+
+    num_copies: int
+
+    def turn(self) -> None:
+        """Takes another process for what comes next, each equally often."""
+        ...
 
     def chain(self, *, steps: int, extra_share: float = 0.0) -> Chain | Failure: ...
 
@@ -62,9 +74,9 @@ class Slot:
       steps: Of its long chains.
       warm_up: The chains before it settled; the first holds one step.
       settled: Whether its level stood still before the rounds began.
-      rows: (round, steps, seconds, dispatch_s, cpu_s) of the rounds' chains.
+      rows: (round, steps, seconds, dispatch_s, cpu_s, copy) of the rounds' chains.
       page_faults, page_loads: Of all chains in the rounds.
-      resident_bytes: (at the first chain of the rounds, at the last).
+      resident_bytes: Of its first process: (at the first chain of the rounds, at the last).
       dropped: Chains during which a clock was set.
       joules: Energy of the long chains, by counter.
     """
@@ -95,11 +107,12 @@ class Slot:
             self.dropped += 1
         else:
             times = (round(t, 7) for t in (given.seconds, given.dispatch_s, given.cpu_s))
-            self.rows.append((number, steps, *times))  # pyright: ignore[reportArgumentType]
+            self.rows.append((number, steps, *times, given.copy))  # pyright: ignore[reportArgumentType]
             self.page_faults += given.page_faults
             self.page_loads += given.page_loads
-            first = self.resident_bytes[0] or given.resident_bytes
-            self.resident_bytes = (first, given.resident_bytes)
+            if given.copy == 0:
+                first = self.resident_bytes[0] or given.resident_bytes
+                self.resident_bytes = (first, given.resident_bytes)
             if steps > 1:
                 self._add_energy(before, energy())
 
@@ -194,7 +207,10 @@ def measure_session(
 
 
 def _warm_up(slot: Slot, budget_s: float) -> None:
-    """Runs chains until their level stands still, and sets the length of the rounds' chains."""
+    """Runs chains until their level stands still, and sets the length of the rounds' chains.
+
+    Further processes of the candidate run as many, or until the time that the first one took.
+    """
     steps, spent_s = 1, 0.0
     while len(slot.warm_up) < _MOST_WARM and not slot.settled:
         given = slot.stepper.chain(steps=steps)
@@ -210,6 +226,21 @@ def _warm_up(slot: Slot, budget_s: float) -> None:
             break
     step_s = float(np.median([_step_s(chain) for chain in slot.warm_up[len(slot.warm_up) // 2 :]]))
     slot.steps = max(2, min(_MOST_STEPS, round(_CHAIN_S / step_s)))
+    for _ in range(slot.stepper.num_copies - 1):
+        slot.stepper.turn()
+        _warm_up_copy(slot, steps, spent_s)
+
+
+def _warm_up_copy(slot: Slot, steps: int, budget_s: float) -> None:
+    spent_s = 0.0
+    for _ in slot.warm_up:
+        given = slot.stepper.chain(steps=steps)
+        if isinstance(given, Failure):
+            slot.failure = given
+            return
+        spent_s += given.seconds
+        if spent_s > budget_s:
+            return
 
 
 def is_settled(steps_s: Sequence[float]) -> bool:
@@ -262,6 +293,8 @@ def _rounds(
 def _round(
     number: int, order: Sequence[Slot], base: Slot, probes: list[Probe], energy: Energy
 ) -> None:
+    for slot in order:
+        slot.stepper.turn()
     if number % _SHORT_EVERY == 0:
         probe = base.stepper.probe()
         if isinstance(probe, Failure):

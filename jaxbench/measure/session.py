@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import itertools
+import random
 import secrets
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+import psutil
 
 from jaxbench.errors import Failure
 from jaxbench.machine import Meter, Usage, describe_environment, read_energy
@@ -14,9 +19,11 @@ from jaxbench.measure.doubts import find_doubts
 from jaxbench.measure.paired import chain_ratios, step_samples_s
 from jaxbench.measure.protocol import PLANTED_SHARE, PROTOCOL, Session, Slot, measure_session
 from jaxbench.measure.stepper import Chain, Probe
-from jaxbench.worker import Conversation, Job
+from jaxbench.worker import Conversation, Job, resident_bytes
 
 _CHAIN_LIMIT_S = 600.0
+_COPIES, _COPIES_FROM_S = 4, 10.0  # of wall time; below it there are two
+_MEMORY_SHARE = 0.5  # of what is free, for further processes; their temporaries need the rest
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,19 +34,29 @@ class Timed:
     failure: Failure | None
 
 
-@dataclass(frozen=True, slots=True)
-class _Remote:
-    """A stepper in another process."""
+class _Copies:
+    """A candidate's stepper in a few processes, of which one is asked at a time."""
 
-    conversation: Conversation
+    def __init__(self, conversations: Sequence[Conversation]) -> None:
+        self._conversations, self._turn = conversations, 0
+        self._order = list(range(len(conversations)))
+        self.num_copies = len(conversations)
+
+    def turn(self) -> None:
+        """Takes the next; each once, then all again in another order."""
+        self._turn = (self._turn + 1) % self.num_copies
+        if self._turn == 0:
+            random.shuffle(self._order)
 
     def chain(self, *, steps: int, extra_share: float = 0.0) -> Chain | Failure:
-        return self.conversation.ask(
+        copy = self._order[self._turn]
+        given = self._conversations[copy].ask(
             "chain", limit_s=_CHAIN_LIMIT_S, steps=steps, extra_share=extra_share
         )
+        return given if isinstance(given, Failure) else dataclasses.replace(given, copy=copy)
 
     def probe(self) -> Probe | Failure:
-        return self.conversation.ask("probe", limit_s=_CHAIN_LIMIT_S)
+        return self._conversations[self._order[self._turn]].ask("probe", limit_s=_CHAIN_LIMIT_S)
 
 
 def time_together(
@@ -60,20 +77,29 @@ def time_together(
       (what each candidate gave, whether Ctrl-C ended the session).
     """
     with contextlib.ExitStack() as stack:
-        *given, control = (stack.enter_context(Conversation(job)) for job in (*jobs, jobs[0]))
+        given = [stack.enter_context(Conversation(job)) for job in jobs]
         failures = [conversation.wait_ready() for conversation in given]
         live = [one for one, failure in zip(given, failures, strict=True) if failure is None]
         missing = [Timed(measurement=None, failure=failure) for failure in failures]
         if not live:
             return missing, False
-        if live[0] is not given[0]:  # the base is gone: the next one takes its place
-            control.close()
-            control = stack.enter_context(Conversation(jobs[given.index(live[0])]))
-        control.wait_ready()
-        meter = Meter([one.pid for one in (*live, control)])
+        live_jobs = [jobs[given.index(one)] for one in live]
+        num_copies = _num_copies(live, budget_s)
+        further = [
+            [stack.enter_context(Conversation(job)) for _ in range(num_copies - 1)]
+            for job in live_jobs
+        ]
+        # The first is the base: where that is gone, the next one has taken its place.
+        control = [stack.enter_context(Conversation(live_jobs[0])) for _ in range(num_copies)]
+        copies = [
+            [one, *(more for more in others if more.wait_ready() is None)]
+            for one, others in zip(live, further, strict=True)
+        ]
+        control = [one for one in control if one.wait_ready() is None] or control[:1]
+        meter = Meter([one.pid for one in (*itertools.chain(*copies), *control)])
         session = measure_session(
-            [(jobs[given.index(one)].name, _Remote(one)) for one in live],
-            _Remote(control),
+            [(job.name, _Copies(mine)) for job, mine in zip(live_jobs, copies, strict=True)],
+            _Copies(control),
             budget_s=budget_s,
             precision=precision,
             energy=lambda: read_energy()[0],
@@ -89,6 +115,14 @@ def time_together(
                 failure = _left_alone(session.candidates[0].name)
             missing[given.index(one)] = Timed(measurement=measurement, failure=failure)
     return missing, session.ended == "interrupted"
+
+
+def _num_copies(live: Sequence[Conversation], budget_s: float) -> int:
+    """Returns for how many processes of each candidate and of the control there is room."""
+    largest = sum(resident_bytes(one.pid) for one in live) + resident_bytes(live[0].pid)
+    room = _MEMORY_SHARE * psutil.virtual_memory().available
+    wanted = _COPIES if budget_s >= _COPIES_FROM_S else 2
+    return max(1, min(wanted, 1 + int(room / max(largest, 1))))
 
 
 def _left_alone(base: str) -> Failure:
@@ -114,6 +148,7 @@ def _values(slot: Slot, session: Session, usage: Usage, one: Conversation) -> di
         "final_loss": _final_loss(one),
         "environment": describe_environment(about.get("device", "unknown")),
         "pinned_threads": about.get("pinned_threads", 0),
+        "num_copies": slot.stepper.num_copies,
         "doubts": [doubt.to_json() for doubt in find_doubts(slot, session, usage)],
         "controls": {
             "planted_share": PLANTED_SHARE,

@@ -39,6 +39,7 @@ class Chain:
       page_faults: Pages that the process touched for the first time.
       page_loads: Pages that had to be read from disk.
       resident_bytes: Of the process, after it.
+      copy: Which of the candidate's processes it was.
     """
 
     steps: int
@@ -49,6 +50,7 @@ class Chain:
     page_faults: int
     page_loads: int
     resident_bytes: int
+    copy: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
