@@ -24,7 +24,7 @@ from jaxbench.measure.session import Timed, time_together
 from jaxbench.record import Record, append_record, read_records, record_id
 from jaxbench.stats import median_s
 from jaxbench.suite import DEFAULT_TARGETS, Part, Suite, load_suite, suite_names
-from jaxbench.target import Target, missing_compiler, parse_target
+from jaxbench.target import Target, missing_compiler, parse_target, require_attached
 from jaxbench.worker import Job, call_in_worker, run_jobs
 
 Progress = Callable[[str, int, int], None]
@@ -127,6 +127,8 @@ def run_named(
         measure=measure,
     )
     requests = [_with_limits(request, limits) for request in requests]
+    if measure and requests:
+        require_attached(list(dict.fromkeys(request.target for request in requests)))
     run(requests, out, limits, progress, together=together)
     ids = {request.id for request in requests}
     return [record for record in read_records(out) if record.id in ids]

@@ -8,6 +8,7 @@ import math
 import platform
 import re
 import tomllib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
@@ -130,6 +131,16 @@ def _chip(name: str, row: dict) -> Chip:
         for key, value in row.items()
     }
     return Chip(name=name, **frozen)
+
+
+def require_attached(targets: Sequence[Target]) -> None:
+    """Raises UsageError if steps are to be timed and none of the targets is attached here."""
+    if not any(target.kind == "cpu" for target in targets):
+        names = ", ".join(target.name for target in targets)
+        raise UsageError(
+            f"Cannot time steps on {names}: of the attached devices only the CPU is timed. Take "
+            "target cpu, or `jaxbench run` without --measure for predictions."
+        )
 
 
 def parse_target(text: str) -> Target:

@@ -123,6 +123,15 @@ def test_cli_wrong_arguments_exit_2_with_usage(tmp_path: Path, arguments: list[s
         (["run", CANDIDATES / "raises.py"], ("raises.py", "RuntimeError", "data set is not here")),
         (["run", CANDIDATES / "empty.py"], ("empty.py", "CANDIDATES")),
         (["run", CANDIDATES / "wrong.py"], ("wrong.py", "str in CANDIDATES")),
+        (
+            ["run", TINY, "--targets", "gpu-h100,tpu-v5e", "--measure"],
+            ("Cannot time steps on gpu-h100, tpu-v5e", "cpu"),
+        ),
+        (
+            ["measure", "tiny-cpu-wide", "--from", TINY, "--target", "gpu-h100"],
+            ("Cannot time steps on gpu-h100", "cpu"),
+        ),
+        (["search", "bev", "--targets", "gpu-h100", "--measure"], ("Cannot time steps",)),
         (["flips", "nowhere"], ("nowhere", "records.jsonl")),
         (["report", "nowhere", "--markdown", "page.md"], ("nowhere", "records.jsonl")),
     ],

@@ -20,7 +20,7 @@ from jaxbench.search.front import least_worst, pareto_front, winners
 from jaxbench.search.points import Points
 from jaxbench.search.pricing import Pricing
 from jaxbench.search.trials import SamplerName, Trials
-from jaxbench.target import Target, missing_compiler, parse_target
+from jaxbench.target import Target, missing_compiler, parse_target, require_attached
 from jaxbench.worker import Conversation, Job
 
 _MOST_CHANGES = 6  # of networks that are named for having few
@@ -137,6 +137,8 @@ def search(
     for target in aimed:
         if missing := missing_compiler(target.kind):
             raise UsageError(f"Cannot compile for {target.name}: {missing}.")
+    if plan.measure:
+        require_attached(aimed)
     check_writable(out)
     job = Job(
         name=space, function="jaxbench.search.server:SpaceServer", arguments={"source": source}
