@@ -83,7 +83,9 @@ def _add_run(commands: Any) -> None:
     )
     _add_work(parser)
     parser.add_argument(
-        "--measure", action="store_true", help="also time steps on the targets attached here (cpu)"
+        "--measure",
+        action="store_true",
+        help="also time steps on the targets attached here: cpu, an NVIDIA GPU",
     )
     _add_calibrated(parser)
 
@@ -142,7 +144,9 @@ def _add_compare(commands: Any) -> None:
     )
     _add_work(parser)
     parser.add_argument(
-        "--measure", action="store_true", help="also time both on the targets attached here (cpu)"
+        "--measure",
+        action="store_true",
+        help="also time both on the targets attached here: cpu, an NVIDIA GPU",
     )
     gate = parser.add_argument_group("two runs", "records before and after a change, for scripts")
     gate.add_argument("--baseline", type=Path, metavar="DIR", help="records before")
@@ -173,7 +177,10 @@ def _add_measure(commands: Any) -> None:
         "--from", dest="files", nargs="+", default=[], metavar="FILE", help="files that hold them"
     )
     parser.add_argument(
-        "--target", default="cpu", metavar="T", help="an attached one (default cpu)"
+        "--target",
+        default="cpu",
+        metavar="T",
+        help="an attached one, cpu or an NVIDIA GPU (default cpu)",
     )
     parser.add_argument("--layout", help="fsdp, data, or sizes such as data=2,fsdp=8")
     _add_session(parser)

@@ -27,15 +27,18 @@ from jaxbench.target import Chip, Target, chip_table
 # Set before JAX is imported. libtpu's lock file stops a second process, its metadata query waits
 # for a server that only Google's machines have, and the CUDA plug-in checks for libraries that
 # compiling does not need. One BLAS thread: what NumPy starts at import must not survive a fork.
+# Processes that are timed against each other share a GPU's memory, so none may take it all.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
     "OPENBLAS_NUM_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",
 }
-# Without a GPU nothing can be timed, so autotuning is off and products take their default tiles.
+# An absent GPU can time nothing, so autotuning is off and products take their default tiles.
 _OPTIONS: dict[str, dict[str, str]] = {"gpu": {"xla_gpu_autotune_level": "0"}}
 # XLA:CPU makes the same optimised HLO with these, in half the time: LLVM's own passes are left out.
 QUICK_CODE: dict[str, Any] = {
@@ -46,6 +49,7 @@ QUICK_CODE: dict[str, Any] = {
 # gives up. Without Triton all products go to cuBLAS.
 _NO_TILING = "No supported config found"
 _WITHOUT_TRITON = {"xla_gpu_enable_triton_gemm": False}
+COMPILED_ON = "compiled on"  # among a record's versions, where the compiler had the device
 _PLATFORM = {"cpu": "cpu", "tpu": "tpu", "gpu": "cuda"}
 _PACKAGES = ("jax", "jaxlib", "flax", "optax")
 _COMPILER_PACKAGES = {
@@ -148,7 +152,10 @@ def versions_for(target: Target) -> dict[str, str]:
     packages = (*_PACKAGES, *_COMPILER_PACKAGES[target.kind])
     found = {package: importlib.metadata.version(package) for package in packages}
     asked = ", ".join(f"{name}={value}" for name, value in target.options)
-    return {"python": platform.python_version(), **found, **({"options": asked} if asked else {})}
+    more = {"options": asked} if asked else {}
+    if target.attached:
+        more[COMPILED_ON] = "the attached device"
+    return {"python": platform.python_version(), **found, **more}
 
 
 def compiled_key(program_sha256: str, target: Target) -> str:
@@ -157,7 +164,7 @@ def compiled_key(program_sha256: str, target: Target) -> str:
     del versions["python"]  # the compilers do not see it
     # XLA:CPU generates code for the processor that it runs on.
     machine = (platform.machine(), processor()) if target.kind == "cpu" else ()
-    return key_of(program_sha256, target.name, _OPTIONS.get(target.kind, {}), versions, machine)
+    return key_of(program_sha256, target.name, _own_options(target), versions, machine)
 
 
 def make_mesh(target: Target, layout: Layout) -> Any:
@@ -195,7 +202,7 @@ def _split_slices(sizes: tuple[int, ...], num_slices: int) -> tuple[list[int], l
 
 
 def devices_of(target: Target) -> list[Any]:
-    """Returns the target's compile-only devices, or this machine's CPU split into as many."""
+    """Returns the target's compile-only or attached devices, or the CPU split into as many."""
     import jax
     from jax.experimental import topologies
 
@@ -203,6 +210,8 @@ def devices_of(target: Target) -> list[Any]:
     if target.kind == "cpu":
         jax.config.update("jax_num_cpu_devices", target.num_devices)
         return jax.devices("cpu")
+    if target.attached:
+        return jax.devices(platform_of(target))[: target.num_devices]
     if target.kind == "tpu":
         # One chip is taken out of one host: the smallest topology that libtpu builds for every
         # chip.
@@ -301,8 +310,19 @@ def compile_program(
     return compiled, executable
 
 
+def _own_options(target: Target) -> dict[str, str]:
+    return {} if target.attached else _OPTIONS.get(target.kind, {})
+
+
 def _options(target: Target) -> dict[str, Any] | None:
-    return {**_OPTIONS.get(target.kind, {}), **dict(target.options)} or None
+    return {**_own_options(target), **dict(target.options)} or None
+
+
+def use_attached(kind: str) -> None:
+    """Lets this process run on the machine's accelerator; call before JAX starts a backend."""
+    import jax
+
+    jax.config.update("jax_platforms", f"{_PLATFORM[kind]},cpu")
 
 
 def _compile(lowered: Any, options: Mapping[str, Any] | None) -> tuple[Any, Mapping[str, Any]]:

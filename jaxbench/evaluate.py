@@ -28,6 +28,7 @@ from jaxbench.compiler import (
     make_mesh,
     platform_of,
     unpack_compiled,
+    use_attached,
     versions_for,
 )
 from jaxbench.errors import Failure, MeasureError
@@ -58,6 +59,7 @@ def evaluate(
     layout: str,
     target: str,
     options: tuple[tuple[str, Any], ...] = (),
+    attached: bool = False,
     cpu_peaks: Mapping[str, float] | None = None,
     keep: bool = False,
     calibration: Mapping[str, Any] | None = None,
@@ -69,22 +71,32 @@ def evaluate(
       layout: Resolved layout.
       target: Target name.
       options: Compiler options of the target.
+      attached: Whether the target is the accelerator of this machine.
       cpu_peaks: From `measure_peaks`, needed on CPU targets.
       keep: Also keep the executables in the cache, for `open_stepper`.
       calibration: Of this machine, to be applied to the prediction, as JSON values.
     """
-    asked = dataclasses.replace(parse_target(target), options=options)
+    asked = dataclasses.replace(parse_target(target), options=options, attached=attached)
     line = _Line(described, layout, asked, cpu_peaks)
     return line.run(lambda: line.price(keep=keep, calibration=calibration))
 
 
-def open_stepper(*, described: Mapping[str, Any], layout: str, target: str, seed: int = 0) -> Any:
+def open_stepper(
+    *,
+    described: Mapping[str, Any],
+    layout: str,
+    target: str,
+    options: tuple[tuple[str, Any], ...] = (),
+    attached: bool = False,
+    seed: int = 0,
+) -> Any:
     """Returns a `Stepper` of one request, from executables that `evaluate` kept or makes now.
 
     Raises:
       MeasureError: with the stage that failed.
     """
-    line = _Line(described, layout, parse_target(target), None)
+    asked = dataclasses.replace(parse_target(target), options=options, attached=attached)
+    line = _Line(described, layout, asked, None)
     try:
         return line.open_stepper(seed)
     except _StageError as error:
@@ -129,6 +141,8 @@ class _Line:
         self.timings: dict[str, float] = self.values["timings"]
         self.started = time.perf_counter()
         self.compiled: Compiled | None = None
+        if target.attached:
+            use_attached(target.kind)
         self._executables: list[Any] | None = None
 
     def run(self, stages: Callable[[], None]) -> dict[str, Any]:
@@ -162,7 +176,7 @@ class _Line:
         program = self._build(program_key)
         step = self._compile(program)
         with _Stage("compile", self.timings):
-            return [step, compile_init(program.init, step.input_shardings[0])]
+            return [step, compile_init(program.init, self.target, step.input_shardings[0])]
 
     def _executables_key(self) -> str:
         return cache.key_of(
@@ -334,7 +348,9 @@ class _Line:
                 Failure(stage="load", error="CacheError", text="Executables are gone. Run again.")
             )
         with _Stage("measure", self.timings):
-            return Stepper(*executables, seed=seed)
+            assert self.compiled is not None
+            peak_bytes = self.compiled.memory.peak_bytes
+            return Stepper(*executables, seed=seed, peak_bytes=peak_bytes)
 
 
 def _cost_values(cost: Any) -> dict[str, Any]:

@@ -12,9 +12,10 @@ from typing import Any
 
 from jaxbench import cache
 from jaxbench.compiler import QUICK_CODE
+from jaxbench.target import Target
 
 
-def compile_init(init: Callable, shardings: Any = None) -> Any:
+def compile_init(init: Callable, target: Target, shardings: Any = None) -> Any:
     """Compiles `init(key)`, which makes a program's state and batch, fast rather than well.
 
     It runs once.
@@ -25,7 +26,8 @@ def compile_init(init: Callable, shardings: Any = None) -> Any:
     import jax
 
     jitted = jax.jit(init, out_shardings=shardings)
-    return jitted.lower(jax.random.key(0)).compile(compiler_options=QUICK_CODE)
+    options = QUICK_CODE if target.kind == "cpu" else None
+    return jitted.lower(jax.random.key(0)).compile(compiler_options=options)
 
 
 def keep_executables(key: str, *executables: Any) -> bool:

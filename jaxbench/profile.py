@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from jaxbench import cache
-from jaxbench.compiler import compiled_key, unpack_compiled
+from jaxbench.compiler import COMPILED_ON, compiled_key, unpack_compiled
 from jaxbench.cost import price_module
 from jaxbench.errors import UsageError
 from jaxbench.hlo import read_module
@@ -27,7 +28,9 @@ def profile_record(record: Record, logdir: Path) -> dict[str, Path]:
         program is not in the cache any more.
       StorageError: if a file cannot be written.
     """
-    target = parse_target(record.target)
+    target = dataclasses.replace(
+        parse_target(record.target), attached=COMPILED_ON in record.versions
+    )
     if target.kind == "cpu":
         raise UsageError(
             f"{record.target} is no target to simulate: its ops overlap on threads. Name a TPU or "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxbench import cache
+from jaxbench.attached import attach
 from jaxbench.compiler import versions_for
 from jaxbench.discovery import family_modules
 from jaxbench.errors import CandidateError, Failure, LayoutError, UsageError
@@ -24,7 +25,7 @@ from jaxbench.measure.session import Timed, time_together
 from jaxbench.record import Record, append_record, read_records, record_id
 from jaxbench.stats import median_s
 from jaxbench.suite import DEFAULT_TARGETS, Part, Suite, load_suite, suite_names
-from jaxbench.target import Target, missing_compiler, parse_target, require_attached
+from jaxbench.target import Target, missing_compiler, parse_target
 from jaxbench.worker import Job, call_in_worker, run_jobs
 
 Progress = Callable[[str, int, int], None]
@@ -127,8 +128,6 @@ def run_named(
         measure=measure,
     )
     requests = [_with_limits(request, limits) for request in requests]
-    if measure and requests:
-        require_attached(list(dict.fromkeys(request.target for request in requests)))
     run(requests, out, limits, progress, together=together)
     ids = {request.id for request in requests}
     return [record for record in read_records(out) if record.id in ids]
@@ -215,25 +214,37 @@ def plan(suite: Suite, described: Sequence[Mapping[str, Any]], *, measure: bool)
     """Lists what a suite asks for: each of its candidates on each of its targets.
 
     Raises:
-      UsageError: if a name matches no candidate, or a target's compiler is missing.
+      UsageError: if a name matches no candidate, a target's compiler is missing, or steps shall be
+        timed and no target is attached.
     """
     requests = []
+    targets = _targets(suite, measure=measure)
     for part in suite.parts:
         layout = parse_layout(part.layout)
         for candidate in part.select(described):
             for name in part.targets:
-                target = parse_target(name)
-                _require_compiler(target)
+                target = targets[name]
                 requests.append(
                     Request(
                         described=candidate,
                         layout=_resolved(layout, target),
                         target=target,
-                        measured=(measure or name in suite.measure) and target.kind == "cpu",
+                        measured=(measure or name in suite.measure) and target.can_run,
                         versions=versions_for(target),
                     )
                 )
     return list({request.id: request for request in requests}.values())
+
+
+def _targets(suite: Suite, *, measure: bool) -> dict[str, Target]:
+    """Returns the suite's targets by the names it gives them; those to be timed are attached."""
+    targets = {name: parse_target(name) for part in suite.parts for name in part.targets}
+    for target in targets.values():
+        _require_compiler(target)
+    timed = [name for name in targets if measure or name in suite.measure]
+    if timed:
+        targets.update(zip(timed, attach([targets[name] for name in timed]), strict=True))
+    return targets
 
 
 def _require_compiler(target: Target) -> None:
@@ -437,22 +448,17 @@ def _title(request: Request) -> str:
 
 
 def _evaluate_job(request: Request, peaks: Any, limits: Limits) -> Job:
-    arguments = {
-        **_arguments(request, peaks),
-        "keep": request.measured,
-        "options": request.target.options,
-    }
+    arguments = {**_arguments(request, peaks), "keep": request.measured}
     if "calibration" in request.versions:
         arguments["calibration"] = _calibration()
-    return _job(request, "jaxbench.evaluate:evaluate", arguments, limits)
+    job = _job(request, "jaxbench.evaluate:evaluate", arguments, limits)
+    # An attached accelerator's compiler times kernels on it.
+    return dataclasses.replace(job, alone=request.target.attached)
 
 
 def _stepper_job(request: Request, limits: Limits) -> Job:
-    arguments = {
-        "described": dict(request.described),
-        "layout": request.layout,
-        "target": request.target.name,
-    }
+    arguments = _arguments(request, None)
+    del arguments["cpu_peaks"]
     name = request.described["name"]
     job = _job(request, "jaxbench.evaluate:open_stepper", arguments, limits)
     return dataclasses.replace(job, name=name)
@@ -463,6 +469,8 @@ def _arguments(request: Request, peaks: Any) -> dict[str, Any]:
         "described": dict(request.described),
         "layout": request.layout,
         "target": request.target.name,
+        "options": request.target.options,
+        "attached": request.target.attached,
         "cpu_peaks": peaks,
     }
 

@@ -8,7 +8,6 @@ import math
 import platform
 import re
 import tomllib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal
@@ -82,12 +81,14 @@ class Target:
         CPU.
       num_slices: Slices joined by the data-centre network (TPU).
       options: Compiler options beyond those that jaxbench gives for every such chip.
+      attached: Whether it is the accelerator of this machine, which compiles for itself and runs.
     """
 
     chip: str
     topology: tuple[int, ...]
     num_slices: int = 1
     options: tuple[tuple[str, Any], ...] = ()
+    attached: bool = False
 
     @property
     def name(self) -> str:
@@ -102,6 +103,11 @@ class Target:
     def kind(self) -> Literal["cpu", "tpu", "gpu"]:
         """Which of the three compilers it takes."""
         return chip_table()[self.chip].kind
+
+    @property
+    def can_run(self) -> bool:
+        """Whether steps can be timed on it here."""
+        return self.attached or self.kind == "cpu"
 
     @property
     def num_chips(self) -> int:
@@ -131,16 +137,6 @@ def _chip(name: str, row: dict) -> Chip:
         for key, value in row.items()
     }
     return Chip(name=name, **frozen)
-
-
-def require_attached(targets: Sequence[Target]) -> None:
-    """Raises UsageError if steps are to be timed and none of the targets is attached here."""
-    if not any(target.kind == "cpu" for target in targets):
-        names = ", ".join(target.name for target in targets)
-        raise UsageError(
-            f"Cannot time steps on {names}: of the attached devices only the CPU is timed. Take "
-            "target cpu, or `jaxbench run` without --measure for predictions."
-        )
 
 
 def parse_target(text: str) -> Target:

@@ -24,6 +24,7 @@ from jaxbench.worker import Conversation, Job, resident_bytes
 _CHAIN_LIMIT_S = 600.0
 _COPIES, _COPIES_FROM_S = 4, 10.0  # of wall time; below it there are two
 _MEMORY_SHARE = 0.5  # of what is free, for further processes; their temporaries need the rest
+_DEVICE_SHARE = 0.9  # of an accelerator's memory, for all processes; the rest is contexts and code
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,7 +123,15 @@ def _num_copies(live: Sequence[Conversation], budget_s: float) -> int:
     largest = sum(resident_bytes(one.pid) for one in live) + resident_bytes(live[0].pid)
     room = _MEMORY_SHARE * psutil.virtual_memory().available
     wanted = _COPIES if budget_s >= _COPIES_FROM_S else 2
-    return max(1, min(wanted, 1 + int(room / max(largest, 1))))
+    about = [_answer(one.ask("about")) for one in live]
+    return max(1, min(wanted, 1 + int(room / max(largest, 1)), _device_room(about, wanted)))
+
+
+def _device_room(about: Sequence[Mapping[str, Any]], wanted: int) -> int:
+    """Returns how many processes each an accelerator holds; `wanted` where it keeps no account."""
+    peaks = [one.get("peak_bytes", 0) for one in about]
+    there, needed = about[0].get("memory_bytes", 0), sum(peaks) + peaks[0]
+    return int(_DEVICE_SHARE * there / needed) if there and needed else wanted
 
 
 def _left_alone(base: str) -> Failure:

@@ -21,7 +21,8 @@ import psutil
 
 from jaxbench.errors import MeasureError
 
-_YARDSTICK_SIZE = 384  # a float32 product of this size takes a core about a millisecond
+# A float32 product of this size takes a core, or an accelerator, about a millisecond.
+_YARDSTICK_SIZE, _ACCELERATOR_SIZE = 384, 6144
 _YARDSTICK_TURNS = 3
 _HASHED = bytes(2**18)
 _POOL = "tf_XLAEigen"
@@ -71,6 +72,7 @@ class Stepper:
       executable: `executable(state, batch)` gives (state, loss), or the loss alone for a forward
         pass.
       init: Makes (state, batch) from a key, where the executable expects them.
+      peak_bytes: Of device memory that a step takes, by the compiler.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Stepper:
         *,
         clock: Callable[[], float] = time.perf_counter,
         seed: int = 0,
+        peak_bytes: int = 0,
     ) -> None:
         import jax
 
@@ -89,6 +92,7 @@ class Stepper:
         self._yardstick: Any = None
         self._process = psutil.Process()
         self._pinned: int | None = None
+        self._peak_bytes = peak_bytes
 
     def about(self) -> dict[str, Any]:
         """Describes the device."""
@@ -99,6 +103,8 @@ class Stepper:
             "device": device.device_kind,
             "platform": device.platform,
             "pinned_threads": self._pinned or 0,
+            "peak_bytes": self._peak_bytes,
+            "memory_bytes": (device.memory_stats() or {}).get("bytes_limit", 0),
         }
 
     def chain(self, *, steps: int, extra_share: float = 0.0) -> Chain:
@@ -164,7 +170,9 @@ class Stepper:
         import jax.numpy as jnp
 
         if self._yardstick is None:
-            ones = jnp.ones((_YARDSTICK_SIZE, _YARDSTICK_SIZE), jnp.float32)
+            on_cpu = jax.devices()[0].platform == "cpu"
+            size = _YARDSTICK_SIZE if on_cpu else _ACCELERATOR_SIZE
+            ones = jnp.ones((size, size), jnp.float32)
             self._yardstick = jax.jit(jnp.matmul).lower(ones, ones).compile(), ones
             jax.block_until_ready(self._yardstick[0](ones, ones))
         product, ones = self._yardstick

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from jaxbench.evaluate import evaluate, open_stepper
 from jaxbench.hlo import read_module
 from jaxbench.ops import StepOps, join_ops, list_ops
 from jaxbench.predict import predict_ops
-from jaxbench.target import chip_table, parse_target
+from jaxbench.target import Target, chip_table, parse_target
 from jaxbench.trace import read_trace, record_trace
 
 _WARM_STEPS, _TRIAL_STEPS = 2, 3
@@ -28,6 +29,8 @@ def measure_ops(
     layout: str,
     target: str,
     logdir: str,
+    options: tuple[tuple[str, Any], ...] = (),
+    attached: bool = False,
     cpu_peaks: Mapping[str, float] | None = None,
     seconds: float = 1.5,
 ) -> dict[str, Any]:
@@ -35,7 +38,7 @@ def measure_ops(
 
     Args:
       described: From `discovery.describe_candidates`.
-      layout, target: As for `evaluate`; the target is the attached device.
+      layout, target, options, attached: As for `evaluate`; the target can run here.
       logdir: Where the raw trace stays, for XProf.
       cpu_peaks: From `measure_peaks`, needed on CPU targets.
       seconds: Of profiled steps.
@@ -47,36 +50,43 @@ def measure_ops(
     Raises:
       MeasureError: with the stage that failed.
     """
-    values = evaluate(
-        described=described, layout=layout, target=target, cpu_peaks=cpu_peaks, keep=True
-    )
+    asked = {
+        "described": described,
+        "layout": layout,
+        "target": target,
+        "options": options,
+        "attached": attached,
+    }
+    values = evaluate(**asked, cpu_peaks=cpu_peaks, keep=True)
     if "failure" in values:
         raise MeasureError(f"{values['failure']['stage']}: {values['failure']['text']}")
-    stepper = open_stepper(described=described, layout=layout, target=target)
+    stepper = open_stepper(**asked)
     trace, times = _profile(stepper, Path(logdir), seconds)
     ops = price_trace(
-        trace, program_sha256=values["program_sha256"], target=target, cpu_peaks=cpu_peaks
+        trace,
+        program_sha256=values["program_sha256"],
+        target=dataclasses.replace(parse_target(target), options=options, attached=attached),
+        cpu_peaks=cpu_peaks,
     )
     return {"values": values, "ops": ops.to_json(), "trace": str(trace), **times}
 
 
 def price_trace(
-    trace: Path, *, program_sha256: str, target: str, cpu_peaks: Mapping[str, float] | None
+    trace: Path, *, program_sha256: str, target: Target, cpu_peaks: Mapping[str, float] | None
 ) -> StepOps:
     """Joins a trace with the cost of the program that it is of, which the cache holds.
 
     Raises:
       MeasureError: if the trace or the program is not there.
     """
-    asked = parse_target(target)
-    packed = cache.read_entry("compiled", compiled_key(program_sha256, asked))
+    packed = cache.read_entry("compiled", compiled_key(program_sha256, target))
     if packed is None:
         raise MeasureError(
             f"The compiled program {program_sha256[:12]} is not in the cache. Measure it again."
         )
     module = read_module(unpack_compiled(packed).hlo)
-    cost = price_module(module, mxu=chip_table()[asked.chip].mxu)
-    listed = list_ops(predict_ops(cost, asked, cpu_peaks=cpu_peaks), module)
+    cost = price_module(module, mxu=chip_table()[target.chip].mxu)
+    listed = list_ops(predict_ops(cost, target, cpu_peaks=cpu_peaks), module)
     return join_ops(read_trace(trace, module=module.name), listed)
 
 

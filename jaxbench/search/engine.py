@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from jaxbench.attached import attach
 from jaxbench.discovery import space_modules
 from jaxbench.errors import CandidateError, UsageError
 from jaxbench.record import Record
@@ -20,7 +21,7 @@ from jaxbench.search.front import least_worst, pareto_front, winners
 from jaxbench.search.points import Points
 from jaxbench.search.pricing import Pricing
 from jaxbench.search.trials import SamplerName, Trials
-from jaxbench.target import Target, missing_compiler, parse_target, require_attached
+from jaxbench.target import Target, missing_compiler, parse_target
 from jaxbench.worker import Conversation, Job
 
 _MOST_CHANGES = 6  # of networks that are named for having few
@@ -138,7 +139,7 @@ def search(
         if missing := missing_compiler(target.kind):
             raise UsageError(f"Cannot compile for {target.name}: {missing}.")
     if plan.measure:
-        require_attached(aimed)
+        attach(aimed)
     check_writable(out)
     job = Job(
         name=space, function="jaxbench.search.server:SpaceServer", arguments={"source": source}

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxbench.attached import attach
 from jaxbench.cache import storage_errors
 from jaxbench.compiler import versions_for
 from jaxbench.errors import CandidateError
@@ -195,7 +196,7 @@ class Pricing:
         requests = [
             _request(one, target, measure=measure)
             for one in networks
-            for target in self.targets
+            for target in (attach(self.targets) if measure else self.targets)
             if only is None or target.name in only
         ]
         run(requests, self._out, self._limits, self._progress)
@@ -220,6 +221,6 @@ def _request(one: Resolved, target: Target, *, measure: bool) -> Request:
         described=one.described,
         layout=resolve_layout(parse_layout(one.layout), target.num_devices).name,
         target=target,
-        measured=measure and target.kind == "cpu",
+        measured=measure and target.can_run,
         versions=versions_for(target),
     )
