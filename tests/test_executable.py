@@ -9,8 +9,10 @@ import pytest
 
 from jaxbench import cache
 from jaxbench.executable import compile_init, has_executables, keep_executables, load_executables
+from jaxbench.target import parse_target
 
 KEY = "0" * 64
+CPU = parse_target("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +30,7 @@ def _compiled() -> Any:
 
 
 def test_load_executables_of_kept_ones_compute_the_same_and_donate() -> None:
-    init = compile_init(lambda key: jax.random.normal(key, (8,)))
+    init = compile_init(lambda key: jax.random.normal(key, (8,)), CPU)
     assert keep_executables(KEY, _compiled(), init)
     loaded = load_executables(KEY, jax.devices()[:1])
     assert loaded is not None
@@ -47,7 +49,8 @@ def test_load_executables_over_two_devices_keep_their_shards() -> None:
     devices = jax.devices()[:2]
     mesh = jax.sharding.Mesh(devices, "data", axis_types=(jax.sharding.AxisType.Auto,))
     split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-    assert keep_executables(KEY, compile_init(lambda key: jax.random.normal(key, (8,)), split))
+    init = compile_init(lambda key: jax.random.normal(key, (8,)), CPU, split)
+    assert keep_executables(KEY, init)
     loaded = load_executables(KEY, devices)
     assert loaded is not None
     made = loaded[0](jax.random.key(0))

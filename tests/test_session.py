@@ -4,7 +4,7 @@ import json
 import math
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -164,14 +164,21 @@ def test_time_together_base_that_fails_leaves_no_rival_without_a_word(fail_at: i
 
 
 @contextmanager
-def ctrl_c_after(seconds: float) -> Iterator[None]:
+def ctrl_c_after(seconds: float) -> Iterator[Callable[..., None]]:
+    """Gives what has to be called for it to come so much later; further calls do nothing."""
+    armed = []
+
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def arm(*_: object) -> None:
+        if not armed:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+        armed.append(True)
+
     before = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        yield arm
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
@@ -179,9 +186,10 @@ def ctrl_c_after(seconds: float) -> Iterator[None]:
 
 def test_time_together_interrupt_gives_what_was_measured() -> None:
     jobs = sleeping({}, {})
-    session(jobs, budget_s=0.01)  # the fork server is there now
-    with ctrl_c_after(3.0):
-        timed, interrupted = session(jobs, budget_s=60.0)
+    with ctrl_c_after(0.3) as after_a_round:
+        timed, interrupted = time_together(
+            jobs, budget_s=60.0, precision=1e-6, progress=after_a_round
+        )
     assert interrupted
     for one in timed:
         assert one.failure is None
