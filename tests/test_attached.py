@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,10 @@ EIGHT = Gpus(model="NVIDIA H100 80GB HBM3", num_cores=132, count=8)
 
 
 @pytest.fixture
-def eight_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def eight_h100(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that says it has them."""
     monkeypatch.setattr(attached, "_SIGNS", (tmp_path,))
     monkeypatch.setattr(attached, "_gpus", lambda: EIGHT)
-    yield
 
 
 @pytest.mark.parametrize(
