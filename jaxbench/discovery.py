@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -157,13 +158,14 @@ def source_digest(module: ModuleType) -> str:
     else:
         loaded = (getattr(other, "__file__", None) for other in list(sys.modules.values()))
         files |= {Path(file) for file in loaded if file and _is_neighbour(Path(file), path.parent)}
-    texts = [_code(file) for file in sorted(files) if file.suffix == ".py"]
+    texts = [_code(file.read_bytes()) for file in sorted(files) if file.suffix == ".py"]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-def _code(file: Path) -> str:
+@functools.cache  # families share most blocks
+def _code(text: bytes) -> str:
     """Returns what of a file decides its programs: a new comment or docstring changes nothing."""
-    tree = ast.parse(file.read_bytes())
+    tree = ast.parse(text)
     for node in ast.walk(tree):
         documented = isinstance(
             node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
@@ -178,13 +180,20 @@ def _shipped_blocks(module: ModuleType) -> set[Path]:
     found: set[Path] = set()
     waiting = [Path(module.__file__ or "")]
     while waiting:
-        for node in ast.walk(ast.parse(waiting.pop().read_bytes())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(_BLOCKS):
-                file = Path(sys.modules[node.module or ""].__file__ or "")
-                if file not in found:
-                    found.add(file)
-                    waiting.append(file)
+        for name in _imported_blocks(waiting.pop().read_bytes()):
+            file = Path(sys.modules[name].__file__ or "")
+            if file not in found:
+                found.add(file)
+                waiting.append(file)
     return found
+
+
+@functools.cache
+def _imported_blocks(text: bytes) -> tuple[str, ...]:
+    """Returns the modules of shared blocks that a file imports from."""
+    imports = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    names = (node.module or "" for node in imports)
+    return tuple(name for name in names if name.startswith(_BLOCKS))
 
 
 def _is_neighbour(file: Path, folder: Path) -> bool:
