@@ -28,7 +28,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from jaxbench.candidate import Candidate, Input, Validity, Workload, constrain
-from jaxbench.models.blocks.attention import AttentionKind, attend
+from jaxbench.models.blocks.attention import NEVER, AttentionKind, attend
 from jaxbench.models.blocks.losses import cross_entropy
 from jaxbench.models.blocks.norms import LayerNorm, RMSNorm
 from jaxbench.models.blocks.relative import PositionBias
@@ -47,6 +47,7 @@ Activation = Literal[Plain, Gated]
 Norm = Literal["rms", "layer", "rezero", "rezero_layer", "rezero_rms"]
 Tables = Literal["one", "inputs", "decoder", "separate", "factorized_inputs", "factorized_one"]
 Sharing = Literal["none", "encoder", "decoder", "both"]
+Core = Literal[AttentionKind, "bfloat16"]
 
 
 def _gelu(x: Array) -> Array:
@@ -86,6 +87,8 @@ class T5Config:
         inputs, the decoder's two, or none; factorised tables are products of two thin ones, either
         the inputs' (the output keeps one of its own) or the one of all three.
       sharing: Sides whose layers all have the same parameters; such layers are always in a loop.
+      attention: `bfloat16` keeps scores and softmax in that type, as T5X does unless it is asked
+        for `float32_attention_logits`; the others have them in float32.
     """
 
     num_layers: int
@@ -100,7 +103,7 @@ class T5Config:
     norm: Norm = "rms"
     tables: Tables = "one"
     sharing: Sharing = "none"
-    attention: AttentionKind = "einsum"
+    attention: Core = "einsum"
     layers: Layers = "scan"
     remat: Remat = "none"
 
@@ -111,7 +114,7 @@ class Attention(nnx.Module):
     def __init__(self, config: T5Config, *, causal: bool = False, rngs: nnx.Rngs) -> None:
         D, N, H = config.embed_dim, config.num_heads, config.head_dim
         self.causal = causal
-        self.kind: AttentionKind = config.attention
+        self.kind: Core = config.attention
         self.query = weight(rngs, (D, N, H), ("embed", "heads", None), fan_in=D * H)
         self.key = weight(rngs, (D, N, H), ("embed", "heads", None), fan_in=D)
         self.value = weight(rngs, (D, N, H), ("embed", "heads", None), fan_in=D)
@@ -133,17 +136,37 @@ class Attention(nnx.Module):
             )
             for tokens, kernel in ((x, self.query), (source, self.key), (source, self.value))
         )
-        mixed = attend(
-            query,
-            key,
-            value,
-            causal=self.causal,
-            bias=bias,
-            scale=1.0,
-            kind=self.kind,
-            chunk=CHUNK,
-        )
+        if self.kind == "bfloat16":
+            mixed = _attend_in_bfloat16(query, key, value, bias, causal=self.causal)
+        else:
+            mixed = attend(
+                query,
+                key,
+                value,
+                causal=self.causal,
+                bias=bias,
+                scale=1.0,
+                kind=self.kind,
+                chunk=CHUNK,
+            )
         return jnp.einsum("BTNH,NHD->BTD", mixed, self.out[...].astype(x.dtype))
+
+
+def _attend_in_bfloat16(
+    query: Float[Array, "B T N H"],
+    key: Float[Array, "B S N H"],
+    value: Float[Array, "B S N H"],
+    bias: Float[Array, "1 N T S"] | None,
+    *,
+    causal: bool,
+) -> Float[Array, "B T N H"]:
+    scores = jnp.einsum("BTNH,BSNH->BNTS", query, key).astype(jnp.bfloat16)
+    if bias is not None:
+        scores += bias.astype(jnp.bfloat16)
+    if causal:
+        scores = jnp.where(jnp.tri(*scores.shape[2:], dtype=bool), scores, NEVER)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("BNTS,BSNH->BTNH", weights, value)
 
 
 class FeedForward(nnx.Module):
@@ -397,6 +420,10 @@ CHUNKED: Change = (
     *("chunked", "whole tables of scores by 128 keys at a time", "T0"),
     {"attention": "chunked"},
 )
+HALF: Change = (
+    *("halfscores", "scores and softmax in float32 by bfloat16", "T2"),
+    {"attention": "bfloat16"},
+)
 REMAT: Change = ("remat", "keeping all results by each layer's input", "T0", {"remat": "full"})
 UNROLLED: Change = ("unrolled", "the loop over layers by layers", "T0", {"layers": "unroll"})
 
@@ -492,15 +519,15 @@ _V11_WORK = _spans(512, 128, 32_128, 2048)
 _CPU_VANILLA, _VANILLA = (dataclasses.replace(config, norm="layer") for config in (CPU, BASE))
 
 CANDIDATES: tuple[Candidate, ...] = (
-    *_rivals("t5-cpu-base", CPU, _CPU_WORK, CPU_SOURCE, CHUNKED, REMAT, UNROLLED),
+    *_rivals("t5-cpu-base", CPU, _CPU_WORK, CPU_SOURCE, CHUNKED, HALF, REMAT, UNROLLED),
     *_rivals(
         "t5-cpu-vanilla", _CPU_VANILLA, _CPU_WORK, CPU_SOURCE, *_published_changes(_CPU_VANILLA)
     ),
     *_rivals("t5-paper-small", SMALL, _WORK, T5_SOURCE),
-    *_rivals("t5-paper-base", BASE, _WORK, T5_SOURCE, CHUNKED, REMAT),
+    *_rivals("t5-paper-base", BASE, _WORK, T5_SOURCE, CHUNKED, HALF, REMAT),
     *_rivals("t5-paper-large", LARGE, _WORK, T5_SOURCE, CHUNKED),
     *_rivals("t5-paper-vanilla", _VANILLA, _WORK, NARANG_SOURCE, *_published_changes(_VANILLA)),
-    *_rivals("t5-paper-v11small", SMALL_V11, _V11_WORK, V11_SOURCE),
-    *_rivals("t5-paper-v11large", LARGE_V11, _V11_WORK, V11_SOURCE),
+    *_rivals("t5-paper-v11small", SMALL_V11, _V11_WORK, V11_SOURCE, HALF),
+    *_rivals("t5-paper-v11large", LARGE_V11, _V11_WORK, V11_SOURCE, HALF),
     *_rivals("t5-fleet-11b", XXL, _WORK, T5_SOURCE, CHUNKED),
 )
