@@ -366,10 +366,12 @@ def _build_data(arguments: argparse.Namespace) -> int:
 
 
 def _profile(arguments: argparse.Namespace) -> int:
+    from jaxbench.attached import why_not_attached
     from jaxbench.profile import profile_record
     from jaxbench.report.tables import speed_table
+    from jaxbench.target import parse_target
 
-    if arguments.target.partition(":")[0] == "cpu":
+    if why_not_attached(parse_target(arguments.target)) is None:
         arguments.candidates, arguments.profile = [arguments.candidate], arguments.logdir
         arguments.budget_s, arguments.precision = _PROFILED_S, 0.005
         return _measure(arguments)
