@@ -270,7 +270,9 @@ def _add_validate(commands: Any) -> None:
 
 def _add_profile(commands: Any) -> None:
     parser = _add(
-        commands, "profile", "a step for XProf and Perfetto: measured where attached, else predicted"
+        commands,
+        "profile",
+        "a step for XProf and Perfetto: measured where attached, else predicted",
     )
     parser.add_argument("candidate", metavar="CANDIDATE")
     parser.add_argument("--target", required=True, metavar="T", help="such as tpu-v5p:4x4x4")
