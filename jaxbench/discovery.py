@@ -158,14 +158,18 @@ def source_digest(module: ModuleType) -> str:
     else:
         loaded = (getattr(other, "__file__", None) for other in list(sys.modules.values()))
         files |= {Path(file) for file in loaded if file and _is_neighbour(Path(file), path.parent)}
-    texts = [_code(file.read_bytes()) for file in sorted(files) if file.suffix == ".py"]
+    texts = [_code(file) for file in sorted(files) if file.suffix == ".py"]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()
 
 
-@functools.cache  # families share most blocks
-def _code(text: bytes) -> str:
+def _code(file: Path) -> str:
     """Returns what of a file decides its programs: a new comment or docstring changes nothing."""
-    tree = ast.parse(text)
+    return _without_texts(file.read_bytes())
+
+
+@functools.cache  # families share most blocks
+def _without_texts(source: bytes) -> str:
+    tree = ast.parse(source)
     for node in ast.walk(tree):
         documented = isinstance(
             node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
