@@ -1,14 +1,17 @@
 """Asking and telling until as many networks as wanted have a price, near the front and far from it.
 
-Every second batch holds neighbours of the front: networks one choice away from one of it, and two
-choices away where those are known. The sampler has the others, and learns from all. A search ends
-by itself only where both have given next to nothing new for long.
+Every second batch holds neighbours: networks one choice away from one of the front, two choices
+away where those are known, and then those of all other networks, the fastest first. Within narrow
+bands, which one change alone nearly always leaves, it is these that find most of the space. The
+sampler has the other batches, and learns from all. A search ends by itself only where both have
+given next to nothing new for long.
 """
 
 from __future__ import annotations
 
 import collections
 import itertools
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -80,6 +83,7 @@ class Explorer:
         self._budget, self._near, self._progress = budget, near, progress
         self._space, self._base = points.space, points.base
         self._random = random.Random(seed)
+        self._exhausted: set[str] = set()  # networks all of whose neighbours were asked for
 
     def explore(self, trials: Trials) -> Told:
         """Asks and tells until as many networks as planned have a price."""
@@ -110,22 +114,36 @@ class Explorer:
         return told
 
     def _neighbours(self, told: Told, enqueued: set[str]) -> Iterator[Mapping[str, Any]]:
-        """Yields points near the front that were never asked for: first those one choice away, in
-        any order, then those two away, without which narrow bands leave few."""
-        for num_changes in (1, 2):
-            ring = [
-                point
-                for name in told.front
-                for point in changed_from(
-                    told.networks[name].resolved.point, self._space["choices"], num_changes
-                )
-            ]
-            self._random.shuffle(ring)
-            for point in ring:
-                one = self._points.resolve(point)
-                if self._is_worth_it(one) and not (one.name in enqueued or told.knows(one.name)):
-                    enqueued.add(one.name)
-                    yield point
+        """Yields points near priced networks that were never asked for: first those one choice away
+        from the front, in any order, then those two away, then those of one other after the other,
+        the fastest first."""
+        others = sorted(
+            told.networks.keys() - set(told.front) - self._exhausted,
+            key=lambda name: math.prod(told.networks[name].composed_s.values()),
+        )
+        for names in (told.front, *([name] for name in others)):
+            for num_changes in (1, 2):
+                yield from self._ring(told, names, num_changes, enqueued)
+            # Nothing is forgotten, so nothing new will ever be there.
+            self._exhausted.update(names)
+
+    def _ring(
+        self, told: Told, names: Sequence[str], num_changes: int, enqueued: set[str]
+    ) -> Iterator[Mapping[str, Any]]:
+        """Yields points so many choices away from some networks that were never asked for."""
+        ring = [
+            point
+            for name in names
+            for point in changed_from(
+                told.networks[name].resolved.point, self._space["choices"], num_changes
+            )
+        ]
+        self._random.shuffle(ring)
+        for point in ring:
+            one = self._points.resolve(point)
+            if self._is_worth_it(one) and not (one.name in enqueued or told.knows(one.name)):
+                enqueued.add(one.name)
+                yield point
 
     def _sort_in(self, told: Told, one: Resolved | str, values: Sequence[float] | None) -> None:
         """Puts one told trial where it belongs; its values are those that were told."""
