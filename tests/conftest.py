@@ -29,19 +29,26 @@ LONG = ("test_cli.py", "test_quality.py", "test_search.py", "test_cost.py", "tes
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keeps the tests of a file in one process, when several run them, unless they say otherwise.
 
-    They share traced programs and fixtures.
+    They share traced programs and fixtures. One process takes one group after the other too.
     """
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
+    first: dict[tuple[str, str], int] = {}
+    for place, item in enumerate(items):
+        first.setdefault(_group(item), place)
+    items.sort(key=lambda item: first[_group(item)])
+
+
+def _group(item: pytest.Item) -> tuple[str, str]:
+    marker = item.get_closest_marker("xdist_group")
+    return item.path.name, marker.args[0] if marker else ""
 
 
 def pytest_collection_finish() -> None:
-    """Traced programs are kept for the tests that share them, gigabytes of small objects.
-
-    Collecting garbage as often as Python does by default goes through them for a tenth of the time.
-    """
+    """Traced programs are many small objects that live long: looking for garbage among them as
+    often as Python does by default takes a twentieth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(100_000, 20, 20)

@@ -147,6 +147,23 @@ def digest(name: str, kind: Kind, changes: tuple[tuple[str, Any], ...] = ()) -> 
     return build_program(changed, ONE, abstract_mesh(ONE), "cpu").sha256
 
 
+_group: list[str] = []
+
+
+@pytest.fixture(autouse=True)
+def forget_other_bases(request: pytest.FixtureRequest) -> None:
+    """Lets go of programs that only another base's tests share.
+
+    All in one process they take gigabytes, and so many mappings of executable code that Linux
+    (65,530 a process) refuses more and XLA crashes.
+    """
+    group = request.node.get_closest_marker("xdist_group").args
+    if _group != list(group):
+        _group[:] = group
+        for cached in (build, digest, start, train):
+            cached.cache_clear()
+
+
 # --- What a candidate says of itself ---
 
 
