@@ -43,18 +43,19 @@ class Gpus:
         return chip.name.removeprefix("gpu-") in words and self.num_cores == chip.num_cores
 
 
-def attach(targets: Sequence[Target]) -> list[Target]:
+def attach(targets: Sequence[Target], *, needed: bool = True) -> list[Target]:
     """Returns the targets, those marked that are attached; the CPU needs no mark.
 
     Raises:
-      UsageError: if not one of them can be timed here, with the reason of the last.
+      UsageError: if one is `needed` and not one of them can be timed here, with the reason of the
+        last.
     """
     found, why = [], ""
     for target in targets:
         reason = why_not_attached(target)
         why = reason or why
         found.append(dataclasses.replace(target, attached=not reason and target.kind != "cpu"))
-    if not any(target.can_run for target in found):
+    if needed and not any(target.can_run for target in found):
         names = ", ".join(dict.fromkeys(target.name for target in targets))
         raise UsageError(
             f"Cannot time steps on {names}: {why}. Take target cpu, or `jaxbench run` without "

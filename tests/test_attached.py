@@ -85,25 +85,42 @@ def test_gpus_of_one_host_are_attached_as_many_as_there_are(name: str, why: str 
     assert (why or "") in (found or "")
 
 
+DESCRIBED = {
+    "name": "one",
+    "config": {},
+    "workload": {"global_batch": 8},
+    "source_sha256": "0" * 64,
+}
+PARTS = (Part(candidates=("one",), targets=("gpu-h100", "gpu-b200")),)
+
+
 @pytest.mark.usefixtures("eight_h100")
 def test_an_attached_gpu_is_timed_and_compiled_by_its_own_compiler() -> None:
-    described = {
-        "name": "one",
-        "config": {},
-        "workload": {"global_batch": 8},
-        "source_sha256": "0" * 64,
-    }
-    suite = Suite(
-        name="s", about="", parts=(Part(candidates=("one",), targets=("gpu-h100", "gpu-b200")),)
-    )
-    timed, absent = plan(suite, [described], measure=True)
-    (_, predicted) = reversed(plan(suite, [described], measure=False))
+    suite = Suite(name="s", about="", parts=PARTS)
+    timed, absent = plan(suite, [DESCRIBED], measure=True)
+    (_, predicted) = reversed(plan(suite, [DESCRIBED], measure=False))
     assert (timed.measured, absent.measured, predicted.measured) == (True, False, False)
     assert timed.versions["compiled on"] == "the attached device"
     assert "compiled on" not in {**absent.versions, **predicted.versions}
     assert timed.id != predicted.id
     assert compiled_key("0", timed.target) != compiled_key("0", predicted.target)
     assert versions_for(absent.target) == dict(absent.versions)
+
+
+def test_a_suite_that_times_gpus_predicts_where_none_is_attached(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attached, "_SIGNS", (tmp_path / "none",))
+    suite = Suite(name="s", about="", parts=PARTS, measure=("gpu-h100",))
+    assert [one.measured for one in plan(suite, [DESCRIBED], measure=False)] == [False, False]
+    with pytest.raises(UsageError, match="no NVIDIA driver"):
+        plan(suite, [DESCRIBED], measure=True)
+
+
+@pytest.mark.usefixtures("eight_h100")
+def test_a_suite_times_the_gpu_that_it_names_and_that_is_attached() -> None:
+    suite = Suite(name="s", about="", parts=PARTS, measure=("gpu-h100", "gpu-b200"))
+    assert [one.measured for one in plan(suite, [DESCRIBED], measure=False)] == [True, False]
 
 
 @pytest.mark.parametrize(
