@@ -30,8 +30,7 @@ def compile_all(size: str, targets: str, out: Path, jobs: int) -> int:
         if one["size"] in size.split(",")
     ]
     command = ["run", *names, "--targets", targets, "--out", str(out), "--jobs", str(jobs)]
-    start = "import sys; from jaxbench.cli import main; sys.exit(main())"
-    return subprocess.run([sys.executable, "-c", start, *command]).returncode
+    return subprocess.run([sys.executable, "-m", "jaxbench", *command]).returncode
 
 
 def show(records: list[Record]) -> None:

@@ -1,6 +1,5 @@
 """What the fork server imports once for all workers. Starts no backend and no thread."""
 
-import gc
 import importlib
 import os
 
@@ -21,6 +20,3 @@ def _import_quietly() -> None:
 
 
 _import_quietly()
-# What is imported lives as long as a worker: its garbage collector need not look at it, nor unshare
-# its pages.
-gc.freeze()

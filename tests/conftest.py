@@ -1,6 +1,5 @@
 """What every test runs under: the compilers' environment, 8 CPU devices, a cache of its own."""
 
-import gc
 import os
 
 import pytest
@@ -44,11 +43,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _group(item: pytest.Item) -> tuple[str, str]:
     marker = item.get_closest_marker("xdist_group")
     return item.path.name, marker.args[0] if marker else ""
-
-
-def pytest_collection_finish() -> None:
-    """Traced programs are many small objects that live long: looking for garbage among them as
-    often as Python does by default takes a twentieth of the time."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(100_000, 20, 20)

@@ -117,11 +117,12 @@ class Explorer:
         """Yields points near priced networks that were never asked for: first those one choice away
         from the front, in any order, then those two away, then those of one other after the other,
         the fastest first."""
+        front = [name for name in told.front if name not in self._exhausted]
         others = sorted(
             told.networks.keys() - set(told.front) - self._exhausted,
             key=lambda name: math.prod(told.networks[name].composed_s.values()),
         )
-        for names in (told.front, *([name] for name in others)):
+        for names in (front, *([name] for name in others)):
             for num_changes in (1, 2):
                 yield from self._ring(told, names, num_changes, enqueued)
             # Nothing is forgotten, so nothing new will ever be there.
