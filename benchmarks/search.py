@@ -23,6 +23,7 @@ import numpy as np
 from scipy import stats
 
 from jaxbench.report.search import search_values
+from jaxbench.report.terminal import progress_line
 from jaxbench.run import Limits
 from jaxbench.search.engine import Plan, search
 from jaxbench.search.front import coverage, pareto_front
@@ -50,14 +51,15 @@ def _search(arguments: argparse.Namespace, folder: str, **plan: Any) -> dict[str
     if records.exists() and not out.exists():  # whole compiles are the same for all
         out.mkdir(parents=True)
         shutil.copy(records, out)
-    found = search(
-        arguments.space,
-        arguments.targets.split(","),
-        out=out,
-        plan=Plan(**{"num_sample": arguments.sample, "num_whole": 0, "bound": 1.0, **plan}),
-        limits=Limits(),
-        progress=lambda what, done, total: None,
-    )
+    with progress_line() as progress:
+        found = search(
+            arguments.space,
+            arguments.targets.split(","),
+            out=out,
+            plan=Plan(**{"num_sample": arguments.sample, "num_whole": 0, "bound": 1.0, **plan}),
+            limits=Limits(),
+            progress=progress,
+        )
     shutil.copy(out / "records.jsonl", records)
     return search_values(found)
 
