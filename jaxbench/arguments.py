@@ -326,6 +326,13 @@ def _add_search(commands: Any) -> None:
         "--measure", action="store_true", help="also time the front on the targets attached here"
     )
     parser.add_argument(
+        "--measure-s",
+        type=positive_integer,
+        default=10,
+        metavar="S",
+        help="of timing, for each network and control (default 10)",
+    )
+    parser.add_argument(
         "--page", type=Path, metavar="FILE", help="also write a Markdown page and a plot"
     )
     _add_limits(parser, "folder of journal, records and winners (default out/search-SPACE)")

@@ -289,7 +289,7 @@ def _search(arguments: argparse.Namespace) -> int:
                 bound=arguments.bound,
                 measure=arguments.measure,
             ),
-            limits=_limits(arguments),
+            limits=dataclasses.replace(_limits(arguments), measure_s=arguments.measure_s),
             progress=progress,
         )
     if arguments.page:

@@ -265,6 +265,27 @@ def test_search_again_does_nothing_twice(found: tuple[Path, Any], shared_cache: 
         assert again[name] == values[name]
 
 
+def test_search_times_its_front_where_a_target_is_attached(
+    found: tuple[Path, Any], shared_cache: Path, tmp_path: Path
+) -> None:
+    copy, values = tmp_path / "timed", found[1]
+    shutil.copytree(found[0], copy)
+    page = tmp_path / "page.md"
+    more = ("--measure", "--measure-s", 2, "--page", page)
+    code, stdout, stderr = search(copy, shared_cache, *more)
+    assert (code, stderr) == (0, "")
+    timed = json.loads(stdout)
+    assert timed["front"] == values["front"]
+    assert {one["second"] for one in timed["measured"]} == set(values["front"])
+    for one in timed["measured"]:
+        assert (one["first"], one["target"]) == ("pair-cpu-base", "cpu")
+        assert [ratio["low"] for ratio in one["ratios"] if ratio["signal"] == "measured"]
+    assert "and measured on cpu" in page.read_text()
+    before = (copy / "records.jsonl").read_bytes()
+    assert search(copy, shared_cache, *more)[0] == 0
+    assert (copy / "records.jsonl").read_bytes() == before, "timed once"
+
+
 def test_search_killed_goes_on_and_loses_nothing(shared_cache: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     command = start_jaxbench(

@@ -30,16 +30,23 @@ def measured_tables(records: Sequence[Record], comparisons: Sequence[Comparison]
 
 def session_tables(records: Sequence[Record]) -> list[Table]:
     """Returns the tables of every session in a folder of records, each base first."""
+    tables = []
+    for group in sessions_of(records):
+        tables += measured_tables(group, compare_to_first(group))
+    return tables
+
+
+def sessions_of(records: Sequence[Record]) -> list[list[Record]]:
+    """Returns what was timed, by session, each base first."""
     sessions: dict[str, list[Record]] = {}
     for record in records:
         name = (record.measurement or {}).get("session")
         if name:
             sessions.setdefault(name, []).append(record)
-    tables = []
-    for group in sessions.values():
-        group.sort(key=lambda record: record.candidate != (record.measurement or {})["base"])
-        tables += measured_tables(group, compare_to_first(group))
-    return tables
+    return [
+        sorted(group, key=lambda record: record.candidate != (record.measurement or {})["base"])
+        for group in sessions.values()
+    ]
 
 
 def _profile_tables(record: Record) -> list[Table]:

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxbench.compare import compare_to_first
 from jaxbench.report.markdown import write_tables
-from jaxbench.report.measured import session_tables
+from jaxbench.report.measured import session_tables, sessions_of
 from jaxbench.report.tables import Table, failure_cell, format_number
 from jaxbench.search.engine import Found, Network
 from jaxbench.search.front import Times, least_worst, pareto_front, regret_table, winners
@@ -177,13 +178,18 @@ def write_search_page(page: Path, found: Found) -> None:
     """Writes what a search found as a page, with a plot of all networks on the first targets."""
     about = (
         f"`jaxbench search {found.space['name']}` around {found.base.resolved.name} "
-        f"({found.space['num_points']:,} points). Predicted, not measured; winners are in "
+        f"({found.space['num_points']:,} points). Predicted{_but_measured(found)}; winners are in "
         "`networks/` as candidate files."
     )
     pictures = {}
     if len(found.targets) > 1:
         pictures[f"{page.stem}.svg"] = _scatter(found).encode()
     write_tables(page, f"Search: {found.space['name']}", about, search_tables(found), pictures)
+
+
+def _but_measured(found: Found) -> str:
+    measured = sorted({one.target for one in found.records if one.measurement})
+    return f", and measured on {', '.join(measured)}" if measured else ", not measured"
 
 
 _SIZE, _EDGE = 560, 60
@@ -262,6 +268,11 @@ def search_values(found: Found) -> dict[str, object]:
                 "quantities": dict(one.resolved.quantities),
             }
             for one in (found.base, *found.networks)
+        ],
+        "measured": [
+            comparison
+            for session in sessions_of(found.records)
+            for comparison in compare_to_first(session)
         ],
         "composition": {
             target: {
