@@ -1,9 +1,9 @@
-"""decoder-decoder-819891db, found by `jaxbench search`.
+"""decoder-decoder-5ece09a6, found by `jaxbench search`.
 
-Against decoder-paper-head64: num_layers 16 -> 8; embed_dim 2048 -> 2560; mlp_dim 8192 -> 11264; num_heads 32 -> 16; head_dim 64 -> 256.
+Against decoder-paper-head64: num_layers 16 -> 14; num_heads 32 -> 8; head_dim 64 -> 256.
 
-    jaxbench run decoder-decoder-819891db.py
-    jaxbench compare decoder-paper-head64 decoder-decoder-819891db --from decoder-decoder-819891db.py
+    jaxbench run decoder-decoder-5ece09a6.py
+    jaxbench compare decoder-paper-head64 decoder-decoder-5ece09a6 --from decoder-decoder-5ece09a6.py
 """
 
 import dataclasses
@@ -15,13 +15,13 @@ BASE = load_candidate('jaxbench.models.decoder', 'decoder-paper-head64')
 CANDIDATES = (
     dataclasses.replace(
         BASE,
-        name='decoder-decoder-819891db',
+        name='decoder-decoder-5ece09a6',
         config=dataclasses.replace(
             BASE.config,
-            num_layers=8,
-            embed_dim=2560,
-            mlp_dim=11264,
-            num_heads=16,
+            num_layers=14,
+            embed_dim=2048,
+            mlp_dim=8192,
+            num_heads=8,
             num_kv_heads=8,
             head_dim=256,
             vocab_size=128256,
@@ -38,7 +38,7 @@ CANDIDATES = (
             ),
         ),
         base='decoder-paper-head64',
-        replaces='num_layers 16 -> 8; embed_dim 2048 -> 2560; mlp_dim 8192 -> 11264; num_heads 32 -> 16; head_dim 64 -> 256',
+        replaces='num_layers 16 -> 14; num_heads 32 -> 8; head_dim 64 -> 256',
         validity='T1',
     ),
 )

@@ -1,9 +1,9 @@
-"""decoder-decoder-da4347ad, found by `jaxbench search`.
+"""decoder-decoder-75704593, found by `jaxbench search`.
 
-Against decoder-paper-head64: num_heads 32 -> 24; remat full -> none.
+Against decoder-paper-head64: num_layers 16 -> 11; embed_dim 2048 -> 2560; num_heads 32 -> 8; head_dim 64 -> 256.
 
-    jaxbench run decoder-decoder-da4347ad.py
-    jaxbench compare decoder-paper-head64 decoder-decoder-da4347ad --from decoder-decoder-da4347ad.py
+    jaxbench run decoder-decoder-75704593.py
+    jaxbench compare decoder-paper-head64 decoder-decoder-75704593 --from decoder-decoder-75704593.py
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ BASE = load_candidate('jaxbench.models.decoder', 'decoder-paper-head64')
 CANDIDATES = (
     dataclasses.replace(
         BASE,
-        name='decoder-decoder-da4347ad',
+        name='decoder-decoder-75704593',
         config=dataclasses.replace(
             BASE.config,
-            num_layers=16,
-            embed_dim=2048,
+            num_layers=11,
+            embed_dim=2560,
             mlp_dim=8192,
-            num_heads=24,
+            num_heads=8,
             num_kv_heads=8,
-            head_dim=64,
+            head_dim=256,
             vocab_size=128256,
             rope_theta=500000.0,
             layers="scan",
-            remat="none",
+            remat="full",
         ),
         workload=dataclasses.replace(
             BASE.workload,
@@ -38,7 +38,7 @@ CANDIDATES = (
             ),
         ),
         base='decoder-paper-head64',
-        replaces='num_heads 32 -> 24; remat full -> none',
+        replaces='num_layers 16 -> 11; embed_dim 2048 -> 2560; num_heads 32 -> 8; head_dim 64 -> 256',
         validity='T1',
     ),
 )

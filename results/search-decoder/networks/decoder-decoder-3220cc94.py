@@ -1,9 +1,9 @@
-"""decoder-decoder-efcbf7e5, found by `jaxbench search`.
+"""decoder-decoder-3220cc94, found by `jaxbench search`.
 
-Against decoder-paper-head64: num_layers 16 -> 8; embed_dim 2048 -> 2560; mlp_dim 8192 -> 11264; num_heads 32 -> 16; head_dim 64 -> 256; remat full -> none.
+Against decoder-paper-head64: num_layers 16 -> 8; embed_dim 2048 -> 2560; mlp_dim 8192 -> 12288; num_heads 32 -> 8; head_dim 64 -> 256.
 
-    jaxbench run decoder-decoder-efcbf7e5.py
-    jaxbench compare decoder-paper-head64 decoder-decoder-efcbf7e5 --from decoder-decoder-efcbf7e5.py
+    jaxbench run decoder-decoder-3220cc94.py
+    jaxbench compare decoder-paper-head64 decoder-decoder-3220cc94 --from decoder-decoder-3220cc94.py
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ BASE = load_candidate('jaxbench.models.decoder', 'decoder-paper-head64')
 CANDIDATES = (
     dataclasses.replace(
         BASE,
-        name='decoder-decoder-efcbf7e5',
+        name='decoder-decoder-3220cc94',
         config=dataclasses.replace(
             BASE.config,
             num_layers=8,
             embed_dim=2560,
-            mlp_dim=11264,
-            num_heads=16,
+            mlp_dim=12288,
+            num_heads=8,
             num_kv_heads=8,
             head_dim=256,
             vocab_size=128256,
             rope_theta=500000.0,
             layers="scan",
-            remat="none",
+            remat="full",
         ),
         workload=dataclasses.replace(
             BASE.workload,
@@ -38,7 +38,7 @@ CANDIDATES = (
             ),
         ),
         base='decoder-paper-head64',
-        replaces='num_layers 16 -> 8; embed_dim 2048 -> 2560; mlp_dim 8192 -> 11264; num_heads 32 -> 16; head_dim 64 -> 256; remat full -> none',
+        replaces='num_layers 16 -> 8; embed_dim 2048 -> 2560; mlp_dim 8192 -> 12288; num_heads 32 -> 8; head_dim 64 -> 256',
         validity='T1',
     ),
 )

@@ -1,9 +1,9 @@
-"""decoder-decoder-0dac9036, found by `jaxbench search`.
+"""decoder-decoder-977d46c5, found by `jaxbench search`.
 
-Against decoder-paper-head64: num_layers 16 -> 13; mlp_dim 8192 -> 10240; num_heads 32 -> 40.
+Against decoder-paper-head64: num_layers 16 -> 8; embed_dim 2048 -> 2560; mlp_dim 8192 -> 12288; num_heads 32 -> 8; head_dim 64 -> 256; remat full -> none.
 
-    jaxbench run decoder-decoder-0dac9036.py
-    jaxbench compare decoder-paper-head64 decoder-decoder-0dac9036 --from decoder-decoder-0dac9036.py
+    jaxbench run decoder-decoder-977d46c5.py
+    jaxbench compare decoder-paper-head64 decoder-decoder-977d46c5 --from decoder-decoder-977d46c5.py
 """
 
 import dataclasses
@@ -15,19 +15,19 @@ BASE = load_candidate('jaxbench.models.decoder', 'decoder-paper-head64')
 CANDIDATES = (
     dataclasses.replace(
         BASE,
-        name='decoder-decoder-0dac9036',
+        name='decoder-decoder-977d46c5',
         config=dataclasses.replace(
             BASE.config,
-            num_layers=13,
-            embed_dim=2048,
-            mlp_dim=10240,
-            num_heads=40,
+            num_layers=8,
+            embed_dim=2560,
+            mlp_dim=12288,
+            num_heads=8,
             num_kv_heads=8,
-            head_dim=64,
+            head_dim=256,
             vocab_size=128256,
             rope_theta=500000.0,
             layers="scan",
-            remat="full",
+            remat="none",
         ),
         workload=dataclasses.replace(
             BASE.workload,
@@ -38,7 +38,7 @@ CANDIDATES = (
             ),
         ),
         base='decoder-paper-head64',
-        replaces='num_layers 16 -> 13; mlp_dim 8192 -> 10240; num_heads 32 -> 40',
+        replaces='num_layers 16 -> 8; embed_dim 2048 -> 2560; mlp_dim 8192 -> 12288; num_heads 32 -> 8; head_dim 64 -> 256; remat full -> none',
         validity='T1',
     ),
 )

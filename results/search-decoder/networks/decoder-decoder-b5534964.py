@@ -1,9 +1,9 @@
-"""decoder-decoder-4259a4e0, found by `jaxbench search`.
+"""decoder-decoder-b5534964, found by `jaxbench search`.
 
-Against decoder-paper-head64: num_layers 16 -> 20; embed_dim 2048 -> 1536; num_heads 32 -> 8; head_dim 64 -> 256.
+Against decoder-paper-head64: num_heads 32 -> 16; head_dim 64 -> 128.
 
-    jaxbench run decoder-decoder-4259a4e0.py
-    jaxbench compare decoder-paper-head64 decoder-decoder-4259a4e0 --from decoder-decoder-4259a4e0.py
+    jaxbench run decoder-decoder-b5534964.py
+    jaxbench compare decoder-paper-head64 decoder-decoder-b5534964 --from decoder-decoder-b5534964.py
 """
 
 import dataclasses
@@ -15,15 +15,15 @@ BASE = load_candidate('jaxbench.models.decoder', 'decoder-paper-head64')
 CANDIDATES = (
     dataclasses.replace(
         BASE,
-        name='decoder-decoder-4259a4e0',
+        name='decoder-decoder-b5534964',
         config=dataclasses.replace(
             BASE.config,
-            num_layers=20,
-            embed_dim=1536,
+            num_layers=16,
+            embed_dim=2048,
             mlp_dim=8192,
-            num_heads=8,
+            num_heads=16,
             num_kv_heads=8,
-            head_dim=256,
+            head_dim=128,
             vocab_size=128256,
             rope_theta=500000.0,
             layers="scan",
@@ -38,7 +38,7 @@ CANDIDATES = (
             ),
         ),
         base='decoder-paper-head64',
-        replaces='num_layers 16 -> 20; embed_dim 2048 -> 1536; num_heads 32 -> 8; head_dim 64 -> 256',
+        replaces='num_heads 32 -> 16; head_dim 64 -> 128',
         validity='T1',
     ),
 )
