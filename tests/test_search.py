@@ -280,7 +280,16 @@ def test_search_times_its_front_where_a_target_is_attached(
     for one in timed["measured"]:
         assert (one["first"], one["target"]) == ("pair-cpu-base", "cpu")
         assert [ratio["low"] for ratio in one["ratios"] if ratio["signal"] == "measured"]
-    assert "and measured on cpu" in page.read_text()
+    text = page.read_text()
+    assert "and measured on cpu" in text
+    composed = {one["name"]: one["composed_s"] for one in timed["networks"]}
+    whole = {name: timed["whole_s"][name] for name in timed["front"]}
+    for target in ("cpu", "tpu-v5e"):
+        errors = [composed[name][target] / whole[name][target] - 1 for name in whole]
+        (row,) = [
+            row for row in text.splitlines() if row.startswith(f"| {target} |") and "blocks" in row
+        ]
+        assert f"| {max(errors, key=abs):+.1%} | blocks |" in row
     before = (copy / "records.jsonl").read_bytes()
     assert search(copy, shared_cache, *more)[0] == 0
     assert (copy / "records.jsonl").read_bytes() == before, "timed once"
