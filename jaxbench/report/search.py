@@ -159,8 +159,8 @@ def _composition_table(found: Found) -> Table:
         ),
         rows=tuple(rows),
         notes=(
-            "Errors of networks that the fit has not seen: each of the sample left out in turn, and "
-            "the front, which is chosen by composed steps and so leans to those too short.",
+            "Errors of networks that the fit has not seen: each of the sample left out in turn, "
+            "and the front, which is chosen by composed steps and so leans to those too short.",
             *(f"{target}, whole compiles: {why}." for target, why in found.whole_targets.items()),
         ),
     )
