@@ -331,16 +331,17 @@ def _quality(arguments: argparse.Namespace) -> int:
             scales=arguments.scales,
         )
     records = _read(arguments.records) if arguments.records else []
-    times = target_times(ladder[-1], records)
+    main = next((judged for judged in ladder if judged.base == arguments.base), ladder[-1])
+    times = target_times(main, records)
     if arguments.page:
-        write_quality_page(arguments.page, ladder, times, arguments.data)
+        write_quality_page(arguments.page, ladder, times, arguments.data, main=main)
     values = {
-        **ladder[-1].to_json(),
+        **main.to_json(),
         "times": times,
-        "scales": arguments.scales,
+        "scales": sorted(set(arguments.scales)),
         "ladder": [judged.to_json() for judged in ladder],
     }
-    _show(arguments, {"values": values, "tables": quality_tables(ladder, times)})
+    _show(arguments, {"values": values, "tables": quality_tables(ladder, times, main=main)})
     return 0
 
 

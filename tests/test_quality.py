@@ -499,14 +499,18 @@ def test_tokens_repeat_phrases_and_are_the_same_for_a_seed() -> None:
 def test_quality_command_on_exact_rewrites_and_bad_input(
     shared_cache: Path, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    out, page = tmp_path / "out", tmp_path / "page.md"
     code, stdout, stderr = jaxbench(
         "quality", "bev-drive-gather", "bev-drive-product", "--json", "--out", out,
-        cache=shared_cache,
+        "--scales", "2,1", "--page", page, cache=shared_cache,
     )  # fmt: skip
     assert (code, stderr) == (0, "")
-    (verdict,) = json.loads(stdout)["verdicts"]
+    values = json.loads(stdout)
+    (verdict,) = values["verdicts"]
     assert (verdict["name"], verdict["word"]) == ("bev-drive-product", "exact")
+    assert values["scales"] == [1, 2]
+    assert [one["base"] for one in values["ladder"]] == ["bev-drive-gather", "bev-drive-gather-x2"]
+    assert page.read_text().startswith("# Verdicts against bev-drive-gather\n")
     code, _, stderr = jaxbench("quality", "bev-cpu-segsum", "bev-cpu-none", cache=shared_cache)
     assert code == 2
     assert "No candidate 'bev-cpu-none'" in error_line(stderr)

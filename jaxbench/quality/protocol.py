@@ -88,7 +88,7 @@ def judge_named(
       scales: What all widths are multiplied by; all is judged once at each.
 
     Returns:
-      What was found at each scale.
+      What was found at each scale, the smallest first.
 
     Raises:
       UsageError: if there is no such candidate, or a scale is not positive.
@@ -116,7 +116,7 @@ def judge_named(
             limits=limits,
             progress=progress,
         )
-        for scale in scales
+        for scale in sorted(set(scales))
     )
 
 

@@ -19,26 +19,33 @@ from jaxbench.report.tables import Table
 from jaxbench.stats import Interval
 
 
-def quality_tables(ladder: Sequence[Judged], times: Sequence[TargetTime] = ()) -> list[Table]:
+def quality_tables(
+    ladder: Sequence[Judged], times: Sequence[TargetTime] = (), *, main: Judged | None = None
+) -> list[Table]:
     """Returns the verdicts at each scale, what they rest on, how damage goes with scale, and times
-    to target of the last scale where there are records."""
+    to target of one scale (the last if no `main` is given) where there are records."""
     tables = [table(judged) for judged in ladder for table in (_verdict_table, _run_table)]
     tables += [_rollout_table(judged) for judged in ladder if any(judged.base_rollouts)]
     tables += [_ladder_table(ladder)] if len(ladder) > 1 else []
-    return [*tables, _time_table(ladder[-1], times)] if times else tables
+    return [*tables, _time_table(main or ladder[-1], times)] if times else tables
 
 
 def write_quality_page(
-    page: Path, ladder: Sequence[Judged], times: Sequence[TargetTime], data: Path | None
+    page: Path,
+    ladder: Sequence[Judged],
+    times: Sequence[TargetTime],
+    data: Path | None,
+    *,
+    main: Judged,
 ) -> None:
-    """Writes the verdicts as a page, with pictures of key frames."""
-    judged, frames = ladder[-1], read_data(data or packaged_folder())
+    """Writes the verdicts as a page, with pictures of key frames; `main` names it."""
+    frames = read_data(data or packaged_folder())
     size, pictures = len(frames.test["scene"]), {}
     about = (
         f"{len(frames.train['scene'])} key frames to train on and {size} to judge by, of "
         f"{frames.about['source']}; data {frames.digest[:12]}. "
     )
-    if judged.task == "tokens":
+    if main.task == "tokens":
         about += "Sequences of a generated language, drawn from the key frames' numbers alone."
     else:
         about += (
@@ -51,9 +58,8 @@ def write_quality_page(
             )
             for number in range(3)
         }
-    write_tables(
-        page, f"Verdicts against {judged.base}", about, quality_tables(ladder, times), pictures
-    )
+    tables = quality_tables(ladder, times, main=main)
+    write_tables(page, f"Verdicts against {main.base}", about, tables, pictures)
 
 
 def _ladder_table(ladder: Sequence[Judged]) -> Table:
