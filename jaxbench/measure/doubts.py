@@ -78,7 +78,7 @@ def _of_samples(slot: Slot, samples_s: Sequence[float]) -> Iterator[Doubt]:
             kind=Kind.FEW,
             number=len(samples_s),
             cause=f"{len(samples_s)} chains, fewer than {_FEW}",
-            remedy="give a larger --budget-s",
+            remedy="give it longer, by --budget-s (a search: --measure-s)",
         )
     factor, chance = trend(samples_s)
     if abs(factor - 1) > _DRIFT and chance < _CHANCE:
@@ -102,7 +102,7 @@ def _of_samples(slot: Slot, samples_s: Sequence[float]) -> Iterator[Doubt]:
             kind=Kind.UNSETTLED,
             number=len(slot.warm_up),
             cause=f"its times still moved after {len(slot.warm_up)} chains of warm-up",
-            remedy="give a larger --budget-s",
+            remedy="give it longer, by --budget-s (a search: --measure-s)",
         )
     if slot.dropped:
         yield Doubt(

@@ -1,9 +1,9 @@
-"""bev-bev-b45ad08e, found by `jaxbench search`.
+"""bev-bev-c74d9d0b, found by `jaxbench search`.
 
-Against bev-drive-gather: stem 4 -> 2; camera_channels.0 4 -> 2; camera_channels.1 8 -> 4; camera_depths.0 2 -> 1; bev_depths.0 2 -> 1.
+Against bev-drive-gather: camera_depths.0 2 -> 1; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1.
 
-    jaxbench run bev-bev-b45ad08e.py
-    jaxbench compare bev-drive-gather bev-bev-b45ad08e --from bev-bev-b45ad08e.py
+    jaxbench run bev-bev-c74d9d0b.py
+    jaxbench compare bev-drive-gather bev-bev-c74d9d0b --from bev-bev-c74d9d0b.py
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ BASE = load_candidate('jaxbench.models.bev', 'bev-drive-gather')
 CANDIDATES = (
     dataclasses.replace(
         BASE,
-        name='bev-bev-b45ad08e',
+        name='bev-bev-c74d9d0b',
         config=dataclasses.replace(
             BASE.config,
             lift="gather",
-            stem=2,
-            camera_channels=(2, 4),
+            stem=4,
+            camera_channels=(4, 8),
             camera_depths=(1, 2),
             context=4,
             num_bins=16,
@@ -29,7 +29,7 @@ CANDIDATES = (
             fov_degrees=70,
             extent_m=32,
             bev_channels=(4, 8),
-            bev_depths=(1, 2),
+            bev_depths=(1, 1),
         ),
         workload=dataclasses.replace(
             BASE.workload,
@@ -40,7 +40,7 @@ CANDIDATES = (
             ),
         ),
         base='bev-drive-gather',
-        replaces='stem 4 -> 2; camera_channels.0 4 -> 2; camera_channels.1 8 -> 4; camera_depths.0 2 -> 1; bev_depths.0 2 -> 1',
+        replaces='camera_depths.0 2 -> 1; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1',
         validity='T1',
     ),
 )

@@ -1,9 +1,9 @@
-"""bev-bev-9b0fd246, found by `jaxbench search`.
+"""bev-bev-a2b457b9, found by `jaxbench search`.
 
-Against bev-drive-gather: lift gather -> segment_sum; stem 4 -> 2; camera_channels.0 4 -> 2; camera_channels.1 8 -> 12; camera_depths.0 2 -> 1; context 4 -> 2; bev_channels.1 8 -> 4; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1.
+Against bev-drive-gather: stem 4 -> 2; camera_depths.0 2 -> 1; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1.
 
-    jaxbench run bev-bev-9b0fd246.py
-    jaxbench compare bev-drive-gather bev-bev-9b0fd246 --from bev-bev-9b0fd246.py
+    jaxbench run bev-bev-a2b457b9.py
+    jaxbench compare bev-drive-gather bev-bev-a2b457b9 --from bev-bev-a2b457b9.py
 """
 
 import dataclasses
@@ -15,20 +15,20 @@ BASE = load_candidate('jaxbench.models.bev', 'bev-drive-gather')
 CANDIDATES = (
     dataclasses.replace(
         BASE,
-        name='bev-bev-9b0fd246',
+        name='bev-bev-a2b457b9',
         config=dataclasses.replace(
             BASE.config,
-            lift="segment_sum",
+            lift="gather",
             stem=2,
-            camera_channels=(2, 12),
+            camera_channels=(4, 8),
             camera_depths=(1, 2),
-            context=2,
+            context=4,
             num_bins=16,
             nearest_m=2,
             bin_m=2,
             fov_degrees=70,
             extent_m=32,
-            bev_channels=(4, 4),
+            bev_channels=(4, 8),
             bev_depths=(1, 1),
         ),
         workload=dataclasses.replace(
@@ -40,7 +40,7 @@ CANDIDATES = (
             ),
         ),
         base='bev-drive-gather',
-        replaces='lift gather -> segment_sum; stem 4 -> 2; camera_channels.0 4 -> 2; camera_channels.1 8 -> 12; camera_depths.0 2 -> 1; context 4 -> 2; bev_channels.1 8 -> 4; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1',
+        replaces='stem 4 -> 2; camera_depths.0 2 -> 1; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1',
         validity='T1',
     ),
 )

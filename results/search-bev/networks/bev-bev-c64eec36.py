@@ -1,9 +1,9 @@
-"""bev-bev-8524ceaa, found by `jaxbench search`.
+"""bev-bev-c64eec36, found by `jaxbench search`.
 
-Against bev-drive-gather: stem 4 -> 2; camera_channels.0 4 -> 2; camera_channels.1 8 -> 4; camera_depths.0 2 -> 1; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1.
+Against bev-drive-gather: lift gather -> segment_sum; stem 4 -> 2; camera_depths.0 2 -> 1; bev_channels.1 8 -> 4; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1.
 
-    jaxbench run bev-bev-8524ceaa.py
-    jaxbench compare bev-drive-gather bev-bev-8524ceaa --from bev-bev-8524ceaa.py
+    jaxbench run bev-bev-c64eec36.py
+    jaxbench compare bev-drive-gather bev-bev-c64eec36 --from bev-bev-c64eec36.py
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ BASE = load_candidate('jaxbench.models.bev', 'bev-drive-gather')
 CANDIDATES = (
     dataclasses.replace(
         BASE,
-        name='bev-bev-8524ceaa',
+        name='bev-bev-c64eec36',
         config=dataclasses.replace(
             BASE.config,
-            lift="gather",
+            lift="segment_sum",
             stem=2,
-            camera_channels=(2, 4),
+            camera_channels=(4, 8),
             camera_depths=(1, 2),
             context=4,
             num_bins=16,
@@ -28,7 +28,7 @@ CANDIDATES = (
             bin_m=2,
             fov_degrees=70,
             extent_m=32,
-            bev_channels=(4, 8),
+            bev_channels=(4, 4),
             bev_depths=(1, 1),
         ),
         workload=dataclasses.replace(
@@ -40,7 +40,7 @@ CANDIDATES = (
             ),
         ),
         base='bev-drive-gather',
-        replaces='stem 4 -> 2; camera_channels.0 4 -> 2; camera_channels.1 8 -> 4; camera_depths.0 2 -> 1; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1',
+        replaces='lift gather -> segment_sum; stem 4 -> 2; camera_depths.0 2 -> 1; bev_channels.1 8 -> 4; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1',
         validity='T1',
     ),
 )

@@ -1,9 +1,9 @@
-"""bev-bev-ba482c39, found by `jaxbench search`.
+"""bev-bev-f05ef070, found by `jaxbench search`.
 
-Against bev-drive-gather: camera_channels.1 8 -> 4; camera_depths.0 2 -> 1.
+Against bev-drive-gather: stem 4 -> 2; camera_depths.0 2 -> 1; bev_channels.1 8 -> 4; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1.
 
-    jaxbench run bev-bev-ba482c39.py
-    jaxbench compare bev-drive-gather bev-bev-ba482c39 --from bev-bev-ba482c39.py
+    jaxbench run bev-bev-f05ef070.py
+    jaxbench compare bev-drive-gather bev-bev-f05ef070 --from bev-bev-f05ef070.py
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ BASE = load_candidate('jaxbench.models.bev', 'bev-drive-gather')
 CANDIDATES = (
     dataclasses.replace(
         BASE,
-        name='bev-bev-ba482c39',
+        name='bev-bev-f05ef070',
         config=dataclasses.replace(
             BASE.config,
             lift="gather",
-            stem=4,
-            camera_channels=(4, 4),
+            stem=2,
+            camera_channels=(4, 8),
             camera_depths=(1, 2),
             context=4,
             num_bins=16,
@@ -28,8 +28,8 @@ CANDIDATES = (
             bin_m=2,
             fov_degrees=70,
             extent_m=32,
-            bev_channels=(4, 8),
-            bev_depths=(2, 2),
+            bev_channels=(4, 4),
+            bev_depths=(1, 1),
         ),
         workload=dataclasses.replace(
             BASE.workload,
@@ -40,7 +40,7 @@ CANDIDATES = (
             ),
         ),
         base='bev-drive-gather',
-        replaces='camera_channels.1 8 -> 4; camera_depths.0 2 -> 1',
+        replaces='stem 4 -> 2; camera_depths.0 2 -> 1; bev_channels.1 8 -> 4; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1',
         validity='T1',
     ),
 )

@@ -1,0 +1,46 @@
+"""bev-bev-deea404e, found by `jaxbench search`.
+
+Against bev-drive-gather: lift gather -> segment_sum; stem 4 -> 2; camera_channels.0 4 -> 2; camera_channels.1 8 -> 6; camera_depths.0 2 -> 1; context 4 -> 2; bev_channels.0 4 -> 8; bev_channels.1 8 -> 4; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1.
+
+    jaxbench run bev-bev-deea404e.py
+    jaxbench compare bev-drive-gather bev-bev-deea404e --from bev-bev-deea404e.py
+"""
+
+import dataclasses
+
+from jaxbench.discovery import load_candidate
+
+BASE = load_candidate('jaxbench.models.bev', 'bev-drive-gather')
+
+CANDIDATES = (
+    dataclasses.replace(
+        BASE,
+        name='bev-bev-deea404e',
+        config=dataclasses.replace(
+            BASE.config,
+            lift="segment_sum",
+            stem=2,
+            camera_channels=(2, 6),
+            camera_depths=(1, 2),
+            context=2,
+            num_bins=16,
+            nearest_m=2,
+            bin_m=2,
+            fov_degrees=70,
+            extent_m=32,
+            bev_channels=(8, 4),
+            bev_depths=(1, 1),
+        ),
+        workload=dataclasses.replace(
+            BASE.workload,
+            global_batch=8,
+            inputs=tuple(
+                (name, dataclasses.replace(given, shape={'images': (6, 48, 128, 3), 'labels': (64, 64)}[name]))
+                for name, given in BASE.workload.inputs
+            ),
+        ),
+        base='bev-drive-gather',
+        replaces='lift gather -> segment_sum; stem 4 -> 2; camera_channels.0 4 -> 2; camera_channels.1 8 -> 6; camera_depths.0 2 -> 1; context 4 -> 2; bev_channels.0 4 -> 8; bev_channels.1 8 -> 4; bev_depths.0 2 -> 1; bev_depths.1 2 -> 1',
+        validity='T1',
+    ),
+)

@@ -1,0 +1,46 @@
+"""bev-bev-ede24db8, found by `jaxbench search`.
+
+Against bev-drive-gather: camera_depths.0 2 -> 1; bev_depths.0 2 -> 1.
+
+    jaxbench run bev-bev-ede24db8.py
+    jaxbench compare bev-drive-gather bev-bev-ede24db8 --from bev-bev-ede24db8.py
+"""
+
+import dataclasses
+
+from jaxbench.discovery import load_candidate
+
+BASE = load_candidate('jaxbench.models.bev', 'bev-drive-gather')
+
+CANDIDATES = (
+    dataclasses.replace(
+        BASE,
+        name='bev-bev-ede24db8',
+        config=dataclasses.replace(
+            BASE.config,
+            lift="gather",
+            stem=4,
+            camera_channels=(4, 8),
+            camera_depths=(1, 2),
+            context=4,
+            num_bins=16,
+            nearest_m=2,
+            bin_m=2,
+            fov_degrees=70,
+            extent_m=32,
+            bev_channels=(4, 8),
+            bev_depths=(1, 2),
+        ),
+        workload=dataclasses.replace(
+            BASE.workload,
+            global_batch=8,
+            inputs=tuple(
+                (name, dataclasses.replace(given, shape={'images': (6, 48, 128, 3), 'labels': (64, 64)}[name]))
+                for name, given in BASE.workload.inputs
+            ),
+        ),
+        base='bev-drive-gather',
+        replaces='camera_depths.0 2 -> 1; bev_depths.0 2 -> 1',
+        validity='T1',
+    ),
+)
