@@ -61,7 +61,9 @@ def test_describe_candidates_gives_a_users_file_its_path_as_module() -> None:
 RESULTS = Path(__file__).parents[1] / "results"
 
 
-@pytest.mark.parametrize("folder", ["quality-bev", "quality-search", "search-bev", "search-decoder"])
+@pytest.mark.parametrize(
+    "folder", ["quality-bev", "quality-search", "search-bev", "search-decoder"]
+)
 def test_networks_beside_results_are_those_of_the_records(folder: str) -> None:
     files = sorted((RESULTS / folder / "networks").glob("*.py"))
     listed = json.loads(json.dumps(describe_candidates(list(map(str, files)))))
