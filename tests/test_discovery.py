@@ -62,7 +62,8 @@ RESULTS = Path(__file__).parents[1] / "results"
 
 
 @pytest.mark.parametrize(
-    "folder", ["quality-bev", "quality-search", "search-bev", "search-decoder"]
+    "folder",
+    ["quality-bev", "quality-search", "search-bev", "search-decoder", "search-decoder-tpu"],
 )
 def test_networks_beside_results_are_those_of_the_records(folder: str) -> None:
     files = sorted((RESULTS / folder / "networks").glob("*.py"))
