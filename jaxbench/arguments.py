@@ -330,7 +330,7 @@ def _add_search(commands: Any) -> None:
         type=positive_integer,
         default=10,
         metavar="S",
-        help="of timing, for each network and control (default 10)",
+        help="seconds of timing for each network and control (default 10)",
     )
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="also write a Markdown page and a plot"

@@ -242,9 +242,7 @@ def _scatter(found: Found) -> str:
         )
 
     order = sorted(points, key=lambda name: (name in found.front, name == found.base.resolved.name))
-    ticks = [
-        value for value in (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0) if low < value < high
-    ]
+    ticks = [value for value in _TICKS if low < value < high]
     lines = "".join(
         f'<path d="M{at(t):.1f} {_EDGE}V{_SIZE - _EDGE}M{_EDGE} {_SIZE - at(t):.1f}'
         f'H{_SIZE - _EDGE}" stroke="#e6e9ee"/>'
