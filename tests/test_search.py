@@ -240,6 +240,12 @@ def test_search_compiles_the_front_whole_and_writes_its_candidates(
         *values["front"],
         *values["few_changes"],
     }
+    # What is no further from the front than composed steps are off is compiled whole too.
+    times = {one["name"]: one["composed_s"] for one in values["networks"]}
+    slack = max(abs(error) for one in values["composition"].values() for error in one["errors"])
+    near = set(pareto_front(times, slack=slack)) - {"pair-cpu-base"}
+    assert set(values["front"]) <= near
+    assert len(values["front"]) >= min(2, len(near))
     # The file is a candidate like any other: the same program, so nothing is compiled again.
     file, name = values["files"][0], values["front"][0]
     code, stdout, stderr = jaxbench(

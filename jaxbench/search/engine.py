@@ -59,7 +59,7 @@ class Found:
       num_bounded: Networks whose analytic bound alone is worse than the base everywhere.
       compositions: By target.
       whole_targets: Those on which all is compiled whole, and why.
-      front: Names by composed times.
+      front: Names of the front of composed times and of those near it, compiled whole.
       records: Whole compiles of the front and the base.
       seconds: Of this call.
       files: Candidate files of the front and of `few_changes`.
@@ -248,15 +248,18 @@ class _Line:
         return replace(found, files=tuple(str(file) for file in files if file))
 
     def _front(self, networks: Mapping[str, Network]) -> list[str]:
-        """Returns the front by composed times, without the base: first one for all targets and
-        each target's winner, then those in between."""
+        """Returns what is worth a whole compile, without the base: one network for all targets and
+        each target's winner, the others of the front of composed times, and as many as are wanted
+        of those no further from it than composed times were seen to be off."""
         if not self._plan.num_whole:
             return []
         times = {name: one.composed_s for name, one in networks.items()}
         first = dict.fromkeys([least_worst(times), *winners(times).values()])
-        rest = sorted(
-            (name for name in pareto_front(times) if name not in first),
-            key=lambda name: math.prod(times[name].values()),
-        )
-        chosen = [name for name in (*first, *rest) if name != self._base.name]
-        return chosen[: max(self._plan.num_whole, len(first))]
+
+        def front(slack: float) -> list[str]:
+            names = pareto_front(times, slack=slack)
+            return sorted(names, key=lambda name: math.prod(times[name].values()))
+
+        chosen = dict.fromkeys((*first, *front(0.0), *front(self._pricing.worst_error)))
+        chosen.pop(self._base.name, None)
+        return list(chosen)[: max(self._plan.num_whole, len(first))]

@@ -117,6 +117,18 @@ class Pricing:
         with storage_errors(path):
             path.write_text(json.dumps(kept), encoding="utf-8")
 
+    @property
+    def worst_error(self) -> float:
+        """Of composed steps of the sample against whole compiles, on any target priced so."""
+        return max(
+            (
+                max(one.errors, default=0.0)
+                for target, one in self.compositions.items()
+                if target not in self.whole_targets
+            ),
+            default=0.0,
+        )
+
     def price_base(self) -> None:
         """Prices what all others are held against.
 

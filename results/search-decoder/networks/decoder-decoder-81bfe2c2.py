@@ -1,0 +1,44 @@
+"""decoder-decoder-81bfe2c2, found by `jaxbench search`.
+
+Against decoder-paper-head64: num_layers 16 -> 10; embed_dim 2048 -> 2560; mlp_dim 8192 -> 9216; num_heads 32 -> 8; head_dim 64 -> 256; remat full -> none.
+
+    jaxbench run decoder-decoder-81bfe2c2.py
+    jaxbench compare decoder-paper-head64 decoder-decoder-81bfe2c2 --from decoder-decoder-81bfe2c2.py
+"""
+
+import dataclasses
+
+from jaxbench.discovery import load_candidate
+
+BASE = load_candidate('jaxbench.models.decoder', 'decoder-paper-head64')
+
+CANDIDATES = (
+    dataclasses.replace(
+        BASE,
+        name='decoder-decoder-81bfe2c2',
+        config=dataclasses.replace(
+            BASE.config,
+            num_layers=10,
+            embed_dim=2560,
+            mlp_dim=9216,
+            num_heads=8,
+            num_kv_heads=8,
+            head_dim=256,
+            vocab_size=128256,
+            rope_theta=500000.0,
+            layers="scan",
+            remat="none",
+        ),
+        workload=dataclasses.replace(
+            BASE.workload,
+            global_batch=32,
+            inputs=tuple(
+                (name, dataclasses.replace(given, shape={'tokens': (2049,)}[name]))
+                for name, given in BASE.workload.inputs
+            ),
+        ),
+        base='decoder-paper-head64',
+        replaces='num_layers 16 -> 10; embed_dim 2048 -> 2560; mlp_dim 8192 -> 9216; num_heads 32 -> 8; head_dim 64 -> 256; remat full -> none',
+        validity='T1',
+    ),
+)
