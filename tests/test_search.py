@@ -17,7 +17,14 @@ from commands import CANDIDATES, error_line, jaxbench, shared_cache, start_jaxbe
 
 from jaxbench.errors import UsageError
 from jaxbench.search.compose import fit_composition
-from jaxbench.search.front import coverage, least_worst, pareto_front, regret_table, winners
+from jaxbench.search.front import (
+    choose_near_front,
+    coverage,
+    least_worst,
+    pareto_front,
+    regret_table,
+    winners,
+)
 from jaxbench.search.trials import Trials
 
 __all__ = ["shared_cache"]
@@ -186,6 +193,21 @@ def test_trials_of_another_search_are_refused(
     open_trials(tmp_path).close()
     with pytest.raises(UsageError, match=f"holds a search with another {what}"):
         open_trials(tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    "most, slack, chosen",
+    [
+        (4, 0.06, ["middle", "left", "right", "beaten"]),
+        (4, 0.04, ["middle", "left", "right"]),
+        (1, 0.06, ["middle", "left", "right"]),
+        (9, 9.0, ["middle", "left", "right", "beaten"]),
+    ],
+)
+def test_what_is_compiled_whole_is_the_front_and_what_is_near(
+    most: int, slack: float, chosen: list[str]
+) -> None:
+    assert choose_near_front(TIMES, base="base", most=most, slack=slack) == chosen
 
 
 # One small search by the command line, with the real compilers.

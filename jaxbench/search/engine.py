@@ -17,7 +17,7 @@ from jaxbench.run import Limits, Progress, check_writable
 from jaxbench.search.candidate_file import write_candidate
 from jaxbench.search.compose import Composition
 from jaxbench.search.explore import Explorer, Network
-from jaxbench.search.front import least_worst, pareto_front, winners
+from jaxbench.search.front import choose_near_front
 from jaxbench.search.points import Points
 from jaxbench.search.pricing import Pricing
 from jaxbench.search.trials import SamplerName, Trials
@@ -248,18 +248,14 @@ class _Line:
         return replace(found, files=tuple(str(file) for file in files if file))
 
     def _front(self, networks: Mapping[str, Network]) -> list[str]:
-        """Returns what is worth a whole compile, without the base: one network for all targets and
-        each target's winner, the others of the front of composed times, and as many as are wanted
-        of those no further from it than composed times were seen to be off."""
+        """Returns what is worth a whole compile, without the base: the front of composed times, and
+        as many as are wanted of those no further from it than composed times were seen to be
+        off."""
         if not self._plan.num_whole:
             return []
-        times = {name: one.composed_s for name, one in networks.items()}
-        first = dict.fromkeys([least_worst(times), *winners(times).values()])
-
-        def front(slack: float) -> list[str]:
-            names = pareto_front(times, slack=slack)
-            return sorted(names, key=lambda name: math.prod(times[name].values()))
-
-        chosen = dict.fromkeys((*first, *front(0.0), *front(self._pricing.worst_error)))
-        chosen.pop(self._base.name, None)
-        return list(chosen)[: max(self._plan.num_whole, len(first))]
+        return choose_near_front(
+            {name: one.composed_s for name, one in networks.items()},
+            base=self._base.name,
+            most=self._plan.num_whole,
+            slack=self._pricing.worst_error,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 Times = Mapping[str, float]  # seconds of one sample, by target
@@ -56,6 +57,25 @@ def least_worst(networks: Mapping[str, Times]) -> str:
         return max(networks[name][target] / s for target, s in best.items())
 
     return min(networks, key=worst)
+
+
+def choose_near_front(
+    networks: Mapping[str, Times], *, base: str, most: int, slack: float
+) -> list[str]:
+    """Returns networks other than the base, at most so many, the most wanted first.
+
+    First come one for all targets and each target's winner, which are there whatever `most` is, then
+    the others of the front, then those that are on it with `slack`; each of these by its times.
+    """
+    first = dict.fromkeys([least_worst(networks), *winners(networks).values()])
+
+    def front(slack: float) -> list[str]:
+        names = pareto_front(networks, slack=slack)
+        return sorted(names, key=lambda name: math.prod(networks[name].values()))
+
+    chosen = dict.fromkeys((*first, *front(0.0), *front(slack)))
+    chosen.pop(base, None)
+    return list(chosen)[: max(most, len(first))]
 
 
 def coverage(truth: Sequence[str], kept: Sequence[str]) -> float:
