@@ -196,10 +196,10 @@ def test_trials_of_another_search_are_refused(
 
 
 @pytest.mark.parametrize(
-    "most, slack, chosen",
+    ("most", "slack", "chosen"),
     [
         (4, 0.06, ["middle", "left", "right", "beaten"]),
-        (4, 0.04, ["middle", "left", "right"]),
+        (4, 0.0, ["middle", "left", "right"]),
         (1, 0.06, ["middle", "left", "right"]),
         (9, 9.0, ["middle", "left", "right", "beaten"]),
     ],

@@ -64,8 +64,8 @@ def choose_near_front(
 ) -> list[str]:
     """Returns networks other than the base, at most so many, the most wanted first.
 
-    First come one for all targets and each target's winner, which are there whatever `most` is, then
-    the others of the front, then those that are on it with `slack`; each of these by its times.
+    First come one for all targets and each target's winner, whatever `most` is, then the others of
+    the front, then those that are on it with `slack`; the faster ones first.
     """
     first = dict.fromkeys([least_worst(networks), *winners(networks).values()])
 
